@@ -1,0 +1,79 @@
+"""What a checkpoint is (`ModelConfig`) and how it is run (`EngineConfig`).
+
+Plain data: no torch, no reading of files. A switch is here only because two released model families differ by it; the
+translation from a checkpoint's own words is done in `families/`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+class CheckpointError(ValueError):
+    """A model folder that can't be served: the message is one line naming the file, the item, found and expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """A change of rotary frequencies for longer contexts: `linear` divides them all by `factor`; `llama3` divides the
+    low ones and blends a band (Llama 3.1 report, arXiv 2407.21783; the four numbers as in its config.json)."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions (arXiv 2104.09864) over the whole head, in the half-split layout of Hugging Face checkpoints."""
+
+    theta: float = 10_000.0
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a decoder. Sizes are counts of numbers; `windows` has one item per layer."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position: int
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    position: Literal["learned", "sinusoidal", "rope"] = "rope"
+    rope: Rope = Rope()
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_head: bool = True
+    windows: tuple[int | None, ...] = ()  # keys a layer sees, the token itself included; None = all; () = all layers all
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    dtype: str = "float32"  # the checkpoint's own
+
+    def window(self, layer: int) -> int | None:
+        """The attention window of a layer in tokens, None for full attention."""
+        return self.windows[layer] if self.windows else None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How a model is run. `num_blocks` is decided when the cache is sized; 0 = not yet."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    max_model_len: int = 1024  # tokens of prompt and output together
+    max_num_seqs: int = 64  # sequences computed in one step
+    max_batch_tokens: int = 512  # tokens computed in one step: prompts are cut into chunks that fit
+    block_size: int = 16  # tokens of one cache block
+    num_blocks: int = 0

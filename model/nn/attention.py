@@ -1,0 +1,132 @@
+"""Attention: the layer (projections, biases, QK-norm, rotary positions) and two ways to attend.
+
+`DenseAttention` sees whole sequences at once (training, and the reference in tests). `PagedAttention` reads keys and
+values from the paged cache through block tables. The layer does not know which one it was given.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.cache.store import PagedStore
+from model.config import ModelConfig
+from model.nn.batch import TILE, AttentionGroup, ForwardBatch, row_multiple
+from model.nn.norm import RMSNorm
+from model.nn.positions import rotate
+
+
+class Attend(Protocol):
+    """Mixes values: q [n, heads, d], k and v [n, kv_heads, d] of the rows at hand -> [n, heads, d]."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped-query or multi-query attention of one layer; `qkv` holds the three projections' rows."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.out_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+        n = x.shape[0]
+        qkv = self.qkv(x).view(n, -1, self.head_dim)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        mixed = attend(self.layer, q, k, v)
+        return self.out(mixed.reshape(n, -1))  # type: ignore[no-any-return]
+
+
+class DenseAttention:
+    """Causal attention inside `b` whole sequences of `t` tokens, rows ordered by sequence."""
+
+    def __init__(self, config: ModelConfig, b: int, t: int, dropout: float = 0.0) -> None:
+        self.config, self.b, self.t, self.dropout = config, b, t, dropout
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.view(self.b, self.t, -1, self.config.head_dim).transpose(1, 2) for x in (q, k, v))
+        window, mask = self.config.window(layer), None
+        if window is not None and window < self.t:
+            ages = torch.arange(self.t, device=q.device)[:, None] - torch.arange(self.t, device=q.device)
+            mask = (ages >= 0) & (ages < window)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout, is_causal=mask is None, enable_gqa=True
+        )
+        return mixed.transpose(1, 2).reshape(self.b * self.t, -1, self.config.head_dim)
+
+
+class PagedAttention:
+    """Causal attention over the paged cache. New keys and values are written first, so a row sees itself.
+
+    Each sequence's keys are reduced tile by tile, in order, with a running maximum and sum (the online softmax of
+    arXiv 1805.02867). A tile that is masked for a row changes nothing, to the bit, so neither the length of batch
+    mates nor the size of a prefill chunk can show in a result.
+    """
+
+    def __init__(self, config: ModelConfig, store: PagedStore, batch: ForwardBatch) -> None:
+        self.config, self.store, self.batch = config, store, batch
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = self.batch.num_rows
+        self.store.write(layer, self.batch.slots, k[:n], v[:n])
+        mixed = torch.zeros_like(q)
+        for group in self.batch.groups:
+            mixed[group.rows] = self._attend(layer, q[group.rows], group)
+        return mixed
+
+    def _attend(self, layer: int, q: Tensor, group: AttentionGroup) -> Tensor:
+        """Output [b, t, heads, d] of one group's queries q [b, t, heads, d]."""
+        (b, t, _, d), kv_heads = q.shape, self.config.num_kv_heads
+        window = self.config.window(layer)
+        shared = self.config.num_heads // kv_heads  # query heads that read one kv head: they become rows
+        num = t * shared
+        # Matrix products of at least as many pieces as threads give each piece to one thread: 4 rows are enough then.
+        batched = kv_heads * group.live[-1] >= torch.get_num_threads()
+        rows = num + -num % (4 if batched and q.device.type == "cpu" else row_multiple(q.device))
+        q = (q * d**-0.5).view(b, t, kv_heads, shared, d).permute(2, 0, 1, 3, 4).reshape(kv_heads, b, num, d)
+        q = F.pad(q, (0, 0, 0, rows - num))
+        at = self.batch.positions[group.rows].repeat_interleave(shared, dim=1)
+        at = F.pad(at, (0, rows - num))[:, :, None]  # [b, rows, 1]
+
+        top = q.new_full((kv_heads, b, rows, 1), -1e30, dtype=torch.float32)
+        total, acc = torch.zeros_like(top), torch.zeros_like(q, dtype=torch.float32)
+        for tile, live in enumerate(group.live):
+            if window is not None and (tile + 1) * TILE <= group.min_position - window + 1:
+                continue  # behind every row's window
+            keys, values = self._gather(layer, group, tile, live)
+            scores = torch.bmm(q[:, :live].reshape(-1, rows, d), keys.transpose(1, 2)).float()
+            scores = scores.view(kv_heads, live, rows, TILE)
+            scores.masked_fill_(~self._visible(tile, at[:live], window), -torch.inf)
+            peak = torch.maximum(top[:, :live], scores.amax(-1, keepdim=True))
+            shrink = torch.exp(top[:, :live] - peak)
+            weights = torch.exp(scores - peak)
+            part = torch.bmm(weights.view(-1, rows, TILE).to(values.dtype), values).view(kv_heads, live, rows, d)
+            total[:, :live] = total[:, :live] * shrink + weights.sum(-1, keepdim=True)
+            acc[:, :live] = acc[:, :live] * shrink + part
+            top[:, :live] = peak
+        mixed = (acc / total)[:, :, :num].view(kv_heads, b, t, shared, d)
+        return mixed.permute(1, 2, 0, 3, 4).reshape(b, t, -1, d).to(q.dtype)
+
+    def _gather(self, layer: int, group: AttentionGroup, tile: int, live: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one tile, [kv_heads * live, TILE, d]."""
+        per_tile = TILE // self.store.block_size
+        blocks = group.block_tables[:live, tile * per_tile : (tile + 1) * per_tile].reshape(-1)
+        keys, values = (cache[layer].index_select(1, blocks) for cache in (self.store.keys, self.store.values))
+        return keys.view(-1, TILE, self.config.head_dim), values.view(-1, TILE, self.config.head_dim)
+
+    @staticmethod
+    def _visible(tile: int, at: Tensor, window: int | None) -> Tensor:
+        """Which keys of a tile each row may see, [live, rows, TILE]; `at` [live, rows, 1] are the rows' positions."""
+        ages = at - torch.arange(tile * TILE, (tile + 1) * TILE, device=at.device)
+        return (ages >= 0) if window is None else (ages >= 0) & (ages < window)

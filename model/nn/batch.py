@@ -1,0 +1,55 @@
+"""What one forward pass over the paged cache is told: everything it needs, and nothing global.
+
+Rows are tokens. Their number is padded to a fixed multiple (see `row_multiple`); only the first `num_rows` are real.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 128
+"""Keys reduced at once by attention. Fixed, so that a sequence's sums are grouped the same way in every batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionGroup:
+    """Sequences that compute the same number of new tokens in this step, longest context first.
+
+    `rows` [b, q] points at their rows in the batch; `block_tables` [b, num_tiles * TILE / block_size] is padded with
+    block 0; `live[t]` is the number of sequences (a prefix of the group) whose context reaches into tile `t`.
+    """
+
+    rows: Tensor
+    block_tables: Tensor
+    live: tuple[int, ...]
+    min_position: int  # of any row in the group: lets sliding windows skip tiles
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step. `token_ids`, `positions` are int64 [padded rows]; `slots` int64 [num_rows] are flat cache positions
+    (block * block_size + offset); `logit_rows` int64 [m] are the rows whose logits are wanted."""
+
+    token_ids: Tensor
+    positions: Tensor
+    num_rows: int
+    slots: Tensor
+    groups: tuple[AttentionGroup, ...]
+    logit_rows: Tensor
+
+
+def row_multiple(device: torch.device) -> int:
+    """Rows of every matrix product are padded to this multiple, so that a row's result depends on no other row.
+
+    On CPU a float32 product takes another path, with another order of additions, when a thread gets fewer than 4 rows
+    (measured with MKL on AVX2: 1-3 rows on one thread, and 5-7 and 9-11 on two, differ in the last bit; from 12 on
+    none does). GPU kernels make no such promise at any size, so nothing is padded there.
+    """
+    return 1 if device.type == "cuda" else max(16, 4 * torch.get_num_threads())
+
+
+def pad_rows(x: Tensor, multiple: int) -> Tensor:
+    """Zero rows appended until the first dimension is a multiple of `multiple`."""
+    missing = -x.shape[0] % multiple
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x

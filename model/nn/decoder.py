@@ -1,0 +1,74 @@
+"""The decoder: embedding, layers, final norm, head. One network for every family; how it attends is an argument."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import ModelConfig
+from model.nn.attention import Attend, Attention
+from model.nn.mlp import Mlp
+from model.nn.norm import make_norm
+from model.nn.positions import Rotary, SinusoidalPositions
+
+
+class Layer(nn.Module):
+    """Pre-norm residual layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int, dropout: float) -> None:
+        super().__init__()
+        self.attn_norm = make_norm(config, config.hidden_size)
+        self.attn = Attention(config, index)
+        self.mlp_norm = make_norm(config, config.hidden_size)
+        self.mlp = Mlp(config)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), angles, attend))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Token ids -> hidden rows -> logits. Rows are tokens of any number of sequences; `attend` keeps them apart."""
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions: nn.Module | None = None
+        self.rotary: Rotary | None = None
+        if config.position == "learned":
+            self.positions = nn.Embedding(config.max_position, config.hidden_size)
+        elif config.position == "sinusoidal":
+            self.positions = SinusoidalPositions(config.max_position, config.hidden_size)
+        else:
+            self.rotary = Rotary(config.rope, config.head_dim, config.max_position)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(Layer(config, i, dropout) for i in range(config.num_layers))
+        self.norm = make_norm(config, config.hidden_size)
+        self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Final hidden rows [n, hidden] for token_ids, positions [n]."""
+        x: Tensor = self.embed(token_ids)
+        if self.positions is not None:
+            x = x + self.positions(positions).to(x.dtype)
+        x = self.dropout(x)
+        angles = self.rotary(positions, x.dtype) if self.rotary is not None else None
+        for layer in self.layers:
+            x = layer(x, angles, attend)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores [m, vocab] for hidden rows [m, hidden]."""
+        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+
+
+def num_parameters(decoder: nn.Module) -> int:
+    """Trained numbers in a network, tied ones counted once."""
+    return sum(p.numel() for p in decoder.parameters())
+
+
+def as_dtype(name: str) -> torch.dtype:
+    """`float32`, `bfloat16` or `float16` -> torch's own."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,115 @@
+"""The shared vocabulary: what is asked for and what comes back.
+
+Every room speaks these words, so this one imports nothing of ours. All values are frozen: a `Request` is made once, at
+the door, by the only validator, and nothing after that clamps, fills in or drops. Token ids are plain ints; times are
+seconds, wall-clock ones since the epoch.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Each means exactly itself: a timeout is never reported as a cancellation."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next id is drawn. Ranges are checked at the door; neutral values are the defaults.
+
+    `stop_token_ids` holds every id that ends the sequence: intake has already added the model's end-of-sequence ids
+    unless the client asked to ignore them. Until `min_tokens` ids are out, those ids cannot be drawn.
+    """
+
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0  # 0 .. 2**63 - 1
+    max_tokens: int = 128
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None  # None = no log-probabilities, k = the drawn id's and the k likeliest
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How ids become text. With the prompt and the output ids this determines every byte a client sees."""
+
+    stop: tuple[str, ...] = ()
+    echo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate. A client's request with several choices is a group of these, `<id>.<i>`."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    text: TextOptions = field(default_factory=TextOptions)
+    model: str = ""
+    tenant: str = "default"
+    priority: int = 0  # lower is served first
+    created_s: float = 0.0
+    deadline_s: float | None = None  # wall clock; None = no deadline
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability (nats) of the drawn id and of the likeliest ids, likeliest first, under the network's own
+    distribution: before penalties, biases, temperature and truncation, so that it says what the network thinks."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """How a request ended. `stop_reason` is the stop string or stop id that was hit, None for end-of-sequence."""
+
+    reason: FinishReason
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to one request: ids from output position `start` on, and `finish` if it ended with them."""
+
+    id: str
+    start: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # as many as token_ids, or none
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts as clients are told them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+def child_seed(seed: int, index: int) -> int:
+    """The seed of choice `index` of a group: choice 0 keeps the seed, so `n` never changes the first answer.
+
+    The others step by an odd constant (the golden ratio of 2**63), modulo 2**63; the generator behind it mixes
+    neighbouring seeds well, so a plain step is enough.
+    """
+    return (seed + index * 0x4F1BBCDCBFA53E0B) % 2**63

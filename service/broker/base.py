@@ -1,0 +1,103 @@
+"""The contract between the HTTP half and the workers: two protocols and the values that cross them.
+
+A request is submitted once, waits, is claimed by a worker, and collects a log of entries; the log of ids is the truth
+and everything a client sees follows from it and from the stored request. What every broker promises:
+
+- `submit` admits a whole group (the choices of one client request) or none of it, by number and by tokens.
+- An entry says where its ids start. Entries of a request are contiguous, never repeated, never reordered.
+- Exactly one entry of a request has a `finish`, and it is the last. A queued request that is cancelled or out of time
+  ends at once; a running one ends at its worker's next `commit`, whose verdict tells the worker to drop it.
+- `follow` may be called by several readers, at any time until the log expires, from any position. A reader going away
+  changes nothing: who wants to stop the work calls `cancel`.
+- A worker that no longer holds a request gets FENCED for it and its ids are not written.
+- All of it is scoped by tenant: another tenant's id is an id that does not exist.
+"""
+
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from model.request import Delta, Finish, Request, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """`position` is the number of requests that were waiting before this one."""
+
+    id: str
+    created: bool = True
+    position: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One piece of a request's log: ids from output position `start` on. `queue_s` is on the terminal entry: seconds
+    from submit to the (first) claim, None if it was never claimed."""
+
+    start: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Finish | None = None
+    queue_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLoad:
+    """What a door needs to say no early. `full`: a request submitted now would be refused."""
+
+    num_waiting: int
+    num_running: int
+    oldest_wait_s: float
+    full: bool
+    retry_after_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A claimed request and the output ids it already has (none unless another worker began it)."""
+
+    request: Request
+    so_far: tuple[int, ...] = ()
+
+
+class Verdict(StrEnum):
+    """What a worker must do with a request it holds. Requests not mentioned go on."""
+
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    FENCED = "fenced"
+
+
+class RequestSide(Protocol):
+    """What the HTTP half holds."""
+
+    async def submit(self, group: Sequence[Request]) -> Accepted:
+        """Queue a group. Raises `Overloaded` or `Unavailable` with nothing queued."""
+        ...
+
+    def follow(self, id: str, tenant: str, after: int = 0) -> AsyncIterator[Entry]:
+        """Entries from output position `after` on, live, ending with the terminal one. Raises `RequestNotFound`."""
+        ...
+
+    async def cancel(self, id: str, tenant: str) -> None:
+        """End a request that has not ended. Unknown and ended ones are left as they are."""
+        ...
+
+    async def load(self) -> QueueLoad: ...
+
+
+class WorkerSide(Protocol):
+    """What a worker holds."""
+
+    async def claim(self, room: int) -> list[Job]:
+        """Up to `room` (>= 1) requests, best first; waits until there is one."""
+        ...
+
+    async def commit(self, step: Sequence[Delta]) -> Mapping[str, Verdict]:
+        """Append one step's deltas. The verdicts cover every request this worker holds, in the step or not."""
+        ...
+
+    async def release(self, ids: Iterable[str]) -> None:
+        """Give requests back to the queue, unfinished, keeping the ids they have."""
+        ...
