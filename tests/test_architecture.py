@@ -122,7 +122,7 @@ def test_only_settings_reads_the_environment() -> None:
 
 
 def test_nothing_unpickles_or_evaluates() -> None:
-    """RELIABILITY: no pickle, marshal, torch.load, eval, exec on any path."""
+    """No pickle, marshal, torch.load, eval, exec on any path."""
     banned_modules = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "transformers"}
     for name, tree in TREES.items():
         assert not banned_modules & {found.split(".")[0] for found in imports(name)}, name
