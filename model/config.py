@@ -67,6 +67,18 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What generation_config.json says about a request that doesn't; neutral where it is silent. The ids that end a
+    sequence are not here: `ModelConfig.eos_ids` holds those of both files."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How a model is run. `num_blocks` is decided when the cache is sized; 0 = not yet."""
 

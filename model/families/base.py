@@ -1,0 +1,224 @@
+"""What a family file says, and how it is used: config.json <-> `ModelConfig`, tensor names <-> parameter names.
+
+Tables, not code: a family is one `Family` value. No torch and no files here; `weights.py` reads the tensors and
+`registry.py` the folder. Facts about the published formats are those of transformers 5.23's config classes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from model.config import ModelConfig, Rope, RopeScaling
+from model.families.fields import Fields, shown
+
+ACTIVATIONS: Mapping[str, Any] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+DTYPES: Mapping[str, str] = {name: name for name in ("float32", "bfloat16", "float16")}
+ROPE_KINDS: Mapping[str, Literal["linear", "llama3"] | None] = {"default": None, "linear": "linear", "llama3": "llama3"}
+IS_SLIDING: Mapping[str, bool] = {"full_attention": False, "sliding_attention": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Parameter `ours` is the checkpoint's tensors `theirs`, `sizes` rows each, one after another along dimension 0.
+    With `transpose` the checkpoint stores each of them [in, out], ours being [out, in]. Works in both directions."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    sizes: tuple[int, ...]
+    transpose: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One family's words. In `names`, `*` stands for a layer's number; a bias has its weight's names."""
+
+    name: str  # config.json's model_type
+    architecture: str
+    prefix: str  # of every tensor but the head's; some folders leave it out
+    keys: Mapping[str, str]  # ModelConfig field -> config.json key
+    names: Mapping[str, tuple[str, ...]]  # our module -> the checkpoint's modules
+    derived: tuple[str, ...]  # patterns of buffers, less the prefix, that old folders hold and nobody needs
+    traits: Mapping[str, Any] = field(default_factory=dict)  # ModelConfig fields alike in the whole family
+    defaults: Mapping[str, object] = field(default_factory=dict)  # what an absent key of config.json means
+    switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # true-or-false key -> fields it sets
+    only: Mapping[str, object] = field(default_factory=dict)  # keys of which one value is supported
+    sliding: Literal["never", "all", "some"] = "never"  # which layers may have a window
+    transposed: frozenset[str] = frozenset()  # our modules whose weights the checkpoint stores [in, out]
+
+    def read_config(self, raw: Mapping[str, object], source: str = "config.json") -> ModelConfig:
+        """The meaning of a parsed config.json; unknown keys are ignored. Raises CheckpointError."""
+        found = Fields({**self.defaults, **raw}, source)
+        for key, value in {"quantization_config": None, **self.only}.items():
+            if found.has(key) and found.raw[key] != value:
+                found.fail(key, f"{shown(value)} (nothing else is supported)")
+        values = dict(self.traits)
+        for key, targets in self.switches.items():
+            values.update(dict.fromkeys(targets, found.flag(key)))
+        values |= self._sizes(found)
+        if values.get("position") != "learned":
+            values["rope"] = _read_rope(found, values["max_position"])
+            if values["head_dim"] % 2:
+                found.fail(
+                    "head_dim", f"an even number, which rotary positions need (it comes to {values['head_dim']})"
+                )
+        return ModelConfig(
+            family=self.name,
+            norm_eps=found.number(self.keys["norm_eps"]),
+            activation=found.word(self.keys["activation"], ACTIVATIONS),
+            tied_head=found.flag("tie_word_embeddings"),
+            windows=_read_windows(found, self.sliding, values["num_layers"]),
+            bos_id=next(iter(found.ids("bos_token_id", values["vocab_size"])), None),
+            eos_ids=found.ids("eos_token_id", values["vocab_size"]),
+            dtype=next((found.word(key, DTYPES) for key in ("dtype", "torch_dtype") if found.has(key)), "float32"),
+            **values,
+        )
+
+    def write_config(self, config: ModelConfig) -> dict[str, object]:
+        """The config.json of a network of this family. Raises ValueError when the family has no words for it."""
+        raw: dict[str, object] = {"model_type": self.name, "architectures": [self.architecture]}
+        raw |= {key: getattr(config, name) for name, key in self.keys.items()}
+        raw |= {key: getattr(config, targets[0]) for key, targets in self.switches.items()}
+        raw[self.keys["activation"]] = next(k for k, v in ACTIVATIONS.items() if v == config.activation)
+        raw |= {"tie_word_embeddings": config.tied_head, "dtype": config.dtype, "bos_token_id": config.bos_id}
+        raw["eos_token_id"] = list(config.eos_ids) or None
+        if config.position == "rope":
+            raw["rope_parameters"] = _write_rope(config.rope)
+        raw |= _write_windows(config, self.sliding)
+        back = self.read_config(raw)
+        lost = [f.name for f in fields(config) if getattr(back, f.name) != getattr(config, f.name)]
+        if lost:
+            found = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
+            raise ValueError(f"a {self.name} checkpoint can't express {found}")
+        return raw
+
+    def rules(self, config: ModelConfig) -> tuple[Rule, ...]:
+        """One rule for each parameter of the decoder that `config` describes."""
+        return tuple(self._rules(config))
+
+    def _sizes(self, found: Fields) -> dict[str, Any]:
+        keys = self.keys
+
+        def size(name: str, default: int | None = None) -> int:
+            return found.integer(keys[name], default)
+
+        hidden, heads = size("hidden_size"), size("num_heads")
+        sizes = {name: size(name) for name in ("vocab_size", "num_layers", "max_position")}
+        # A plain MLP is four times as wide as the network unless said; a gated one has no such custom.
+        sizes["intermediate_size"] = size(
+            "intermediate_size", None if self.traits.get("gated_mlp", True) else 4 * hidden
+        )
+        sizes["num_kv_heads"] = kv_heads = size("num_kv_heads", heads) if "num_kv_heads" in keys else heads
+        if heads % kv_heads:
+            found.fail(keys["num_kv_heads"], f"a divisor of {keys['num_heads']}, {heads}")
+        if "head_dim" in keys and found.has(keys["head_dim"]):
+            sizes["head_dim"] = size("head_dim")
+        elif hidden % heads:
+            found.fail(keys["hidden_size"], f"a multiple of {keys['num_heads']}, {heads}")
+        else:
+            sizes["head_dim"] = hidden // heads
+        return {**sizes, "hidden_size": hidden, "num_heads": heads}
+
+    def _rules(self, config: ModelConfig) -> Iterator[Rule]:
+        for ours, sizes, bias in _modules(config):
+            layer = ours.split(".")[1] if ours.startswith("layers.") else ""
+            pattern = ours.replace(f".{layer}.", ".*.", 1) if layer else ours
+            theirs = tuple(name.replace("*", layer) for name in self.names[pattern])
+            sizes = sizes if len(theirs) == len(sizes) else (sum(sizes),)
+            transpose = pattern in self.transposed
+            yield Rule(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), sizes, transpose)
+            if bias:
+                yield Rule(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), sizes)
+
+
+def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """The decoder's modules with parameters: name, rows of the parts it is made of, whether it has a bias."""
+    hidden, inner, bias = (config.hidden_size,), (config.intermediate_size,), config.norm == "layernorm"
+    heads, kv, head = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, (config.head_dim,)
+    yield "embed", (config.vocab_size,), False
+    if config.position == "learned":
+        yield "positions", (config.max_position,), False
+    for i in range(config.num_layers):
+        yield f"layers.{i}.attn_norm", hidden, bias
+        yield f"layers.{i}.attn.qkv", (heads, kv, kv), config.qkv_bias
+        if config.qk_norm:
+            yield f"layers.{i}.attn.q_norm", head, False
+            yield f"layers.{i}.attn.k_norm", head, False
+        yield f"layers.{i}.attn.out", hidden, config.out_bias
+        yield f"layers.{i}.mlp_norm", hidden, bias
+        yield f"layers.{i}.mlp.up", inner * (2 if config.gated_mlp else 1), config.mlp_bias
+        yield f"layers.{i}.mlp.down", hidden, config.mlp_bias
+    yield "norm", hidden, bias
+    if not config.tied_head:
+        yield "head", (config.vocab_size,), False
+
+
+def _read_rope(found: Fields, max_position: int) -> Rope:
+    """Rotary settings in today's spelling (`rope_parameters`) or the older one (`rope_theta`, `rope_scaling`)."""
+    today = found.section("rope_parameters") or Fields({}, found.source)
+    block = found.section("rope_scaling") or today  # both at once: the older one counts, as in transformers
+    for key, value in block.raw.items():
+        if isinstance(value, dict):
+            block.fail(key, "one setting for all layers")
+    for each in (found, block):
+        if each.number("partial_rotary_factor", 1.0) != 1.0:
+            each.fail("partial_rotary_factor", "1.0 (nothing else is supported)")
+    theta = next((each.number("rope_theta") for each in (block, today, found) if each.has("rope_theta")), 10_000.0)
+    named = next((key for key in ("rope_type", "type") if block.has(key)), None)
+    kind = block.word(named, ROPE_KINDS) if named else None
+    if kind is None:
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, RopeScaling(kind, block.number("factor")))
+    low = block.number("low_freq_factor")
+    if block.number("high_freq_factor") <= low:
+        block.fail("high_freq_factor", f"more than low_freq_factor, {low}")
+    original = block.integer("original_max_position_embeddings", max_position)
+    return Rope(theta, RopeScaling(kind, block.number("factor"), low, block.number("high_freq_factor"), original))
+
+
+def _write_rope(rope: Rope) -> dict[str, object]:
+    written: dict[str, object] = {"rope_theta": rope.theta, "rope_type": "default"}
+    if rope.scaling is not None:
+        written |= {"rope_type": rope.scaling.kind, "factor": rope.scaling.factor}
+    if rope.scaling is not None and rope.scaling.kind == "llama3":
+        written["low_freq_factor"] = rope.scaling.low_freq_factor
+        written["high_freq_factor"] = rope.scaling.high_freq_factor
+        written["original_max_position_embeddings"] = rope.scaling.original_max_position
+    return written
+
+
+def _read_windows(found: Fields, sliding: str, num_layers: int) -> tuple[int | None, ...]:
+    """Each layer's window, () when no layer has one."""
+    if sliding == "never" or (sliding == "some" and not found.flag("use_sliding_window")):
+        size = None
+    else:
+        size = found.integer("sliding_window") if found.has("sliding_window") else None
+    if sliding == "some" and found.has("layer_types"):
+        kinds = found.words("layer_types", IS_SLIDING)
+        if len(kinds) != num_layers:
+            found.fail("layer_types", f"one item for each of {num_layers} layers")
+        if any(kinds) and size is None:
+            found.fail("sliding_window", "a whole number with use_sliding_window true, as layer_types asks for windows")
+    else:
+        first = found.integer("max_window_layers", minimum=0) if sliding == "some" else 0
+        kinds = tuple(i >= first for i in range(num_layers))
+    windows = tuple(size if kind else None for kind in kinds)
+    return windows if any(windows) else ()
+
+
+def _write_windows(config: ModelConfig, sliding: str) -> dict[str, object]:
+    size = next((window for window in config.windows if window), None)
+    if sliding == "all":
+        return {"sliding_window": size}
+    if sliding == "never":
+        return {}
+    names = {value: key for key, value in IS_SLIDING.items()}
+    kinds = [names[config.window(i) is not None] for i in range(config.num_layers)]
+    return {"use_sliding_window": size is not None, "sliding_window": size, "layer_types": kinds}
