@@ -65,9 +65,7 @@ class Family:
         if values.get("position") != "learned":
             values["rope"] = _read_rope(found, values["max_position"])
             if values["head_dim"] % 2:
-                found.fail(
-                    "head_dim", f"an even number, which rotary positions need (it comes to {values['head_dim']})"
-                )
+                found.fail("head_dim", "an even number, which rotary positions need")
         return ModelConfig(
             family=self.name,
             norm_eps=found.number(self.keys["norm_eps"]),
@@ -111,9 +109,8 @@ class Family:
         hidden, heads = size("hidden_size"), size("num_heads")
         sizes = {name: size(name) for name in ("vocab_size", "num_layers", "max_position")}
         # A plain MLP is four times as wide as the network unless said; a gated one has no such custom.
-        sizes["intermediate_size"] = size(
-            "intermediate_size", None if self.traits.get("gated_mlp", True) else 4 * hidden
-        )
+        inner = None if self.traits.get("gated_mlp", True) else 4 * hidden
+        sizes["intermediate_size"] = size("intermediate_size", inner)
         sizes["num_kv_heads"] = kv_heads = size("num_kv_heads", heads) if "num_kv_heads" in keys else heads
         if heads % kv_heads:
             found.fail(keys["num_kv_heads"], f"a divisor of {keys['num_heads']}, {heads}")

@@ -84,11 +84,13 @@ class Fields:
     def ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """Token ids given as one number, a list of them, or null. Those the network has no row for are left out: small
         test checkpoints carry the ids of the full-size vocabulary, and what can't be drawn can't end anything."""
-        value = self.raw.get(key) if self.has(key) else []
-        items = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
-            self.fail(key, "a token id, a list of them or null")
-        return tuple(item for item in items if item < vocab_size)
+        value = self.raw.get(key)
+        ids: list[int] = []
+        for item in value if isinstance(value, list) else [value] if self.has(key) else []:
+            if not isinstance(item, int) or isinstance(item, bool) or item < 0:
+                self.fail(key, "a token id, a list of them or null")
+            ids.append(item)
+        return tuple(item for item in ids if item < vocab_size)
 
     def section(self, key: str) -> "Fields | None":
         """A nested object, None when it is absent or null."""
