@@ -39,6 +39,7 @@ class SamplingParams:
     max_tokens: int = 128
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()  # those of stop_token_ids that are end-of-sequence: no stop_reason is told for them
     num_logprobs: int | None = None  # None = no log-probabilities, k = the drawn id's and the k likeliest
 
 

@@ -1,0 +1,205 @@
+"""Who is computed in the next step, and with which cache blocks.
+
+There are no phases: each step every running sequence closes part of the gap between the tokens it has and the tokens
+computed. A prompt cut into chunks, decoding, coming back from preemption and taking over from another worker are all
+that one rule. The scheduler owns the sequences and their blocks; it knows no tensors, no text and no feature by name.
+
+Why nothing starves or hangs: the best-ranked running sequence may take the blocks of every other, and any sequence
+that could not fit into the whole cache by itself is ended with an error; so it goes on in every step, ends, and another
+is then the best-ranked. Whoever waits at the head of the queue is overtaken only by better ranks.
+"""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+
+from model.cache.blocks import BlockPool
+from model.config import EngineConfig
+from model.engine.sequence import Sequence
+from model.request import Finish, FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one sequence to compute: `num_tokens` from position `start`. `draws`: they reach the end of what is
+    known, so that the last one's logits give the next id. `sequence.blocks` covers them."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    draws: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step's work, best rank first; each sequence at most once. Without chunks there is nothing to compute."""
+
+    chunks: tuple[Chunk, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step did to a sequence: `num_new` ids (0 or 1) at the end of its output, and `finish` if it ended."""
+
+    sequence: Sequence
+    num_new: int
+    finish: Finish | None
+
+
+class Scheduler:
+    """Sequences wait, run, may be preempted back to waiting, and end exactly once: in an `Outcome`, or by `finish`.
+
+    One thread: `plan`, compute, `commit`, in turn. `add` and `finish` at any time but while a plan is being computed.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.pool = BlockPool(config.num_blocks)
+        self.num_preemptions = 0
+        self._config = config
+        # Each running sequence is worth at least one token in each step, so none has to take turns.
+        self._num_seats = min(config.max_num_seqs, config.max_batch_tokens)
+        self._num_added = 0
+        self._by_id: dict[str, Sequence] = {}
+        # Both always in order of rank.
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._ended: list[Outcome] = []  # ended by `add`, told by the next `commit`
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """There is something to compute or to tell: `plan` and `commit` should be called."""
+        return bool(self._by_id or self._ended)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence in. One that is complete already, or can't ever fit, ends with the next `commit`."""
+        assert sequence.id not in self._by_id, f"{sequence.id} is here already"
+        assert sequence.num_total > 0, f"{sequence.id} has no id to start from"
+        finish = sequence.end() or self._misfit(sequence)
+        if finish:
+            self._ended.append(Outcome(sequence, 0, finish))
+            return
+        sequence.arrival = self._num_added
+        self._num_added += 1
+        # Ledger: the sequence is the scheduler's now, waiting, without blocks.
+        self._by_id[sequence.id] = sequence
+        insort(self._waiting, sequence, key=attrgetter("rank"))
+
+    def finish(self, id: str) -> bool:
+        """End a sequence for the caller's reason (cancelled, out of time, stop string, failed), waiting or running.
+
+        Its blocks are free on return, and `commit` passes over it. False: it is not here (any more).
+        """
+        sequence = self._by_id.pop(id, None)
+        if sequence is None:
+            return False
+        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        self._free(sequence)
+        return True
+
+    def plan(self) -> StepPlan:
+        """Choose the next step's chunks and give them blocks, best rank first.
+
+        One token is set aside for every sequence that is one token behind, so that long prompts never hold up those
+        that are decoding; the others share the rest of the budget in order. Preempts the worst rank when blocks run
+        out; who is the worst rank itself waits for a step, with what it has.
+        """
+        self._admit()
+        chunks: list[Chunk] = []
+        line = deque(self._running)
+        num_left = self._config.max_batch_tokens
+        num_set_aside = sum(sequence.gap == 1 for sequence in line)
+        while line:
+            sequence = line.popleft()
+            num_set_aside -= sequence.gap == 1
+            while num_left > num_set_aside and self._room(sequence) == 0 and line:
+                victim = line.pop()  # the worst rank; those in line have no chunk yet
+                num_set_aside -= victim.gap == 1
+                self._preempt(victim)
+            num_tokens = min(sequence.gap, num_left - num_set_aside, self._room(sequence))
+            if num_tokens == 0:
+                continue
+            end = sequence.num_computed + num_tokens
+            # Ledger: free blocks become the sequence's, just enough for the tokens of this chunk.
+            sequence.blocks += self.pool.take(self._num_blocks(end) - len(sequence.blocks))
+            chunks.append(Chunk(sequence, sequence.num_computed, num_tokens, draws=end == sequence.num_total))
+            num_left -= num_tokens
+        return StepPlan(tuple(chunks), self._config.max_batch_tokens - num_left)
+
+    def commit(self, plan: StepPlan, drawn: Mapping[str, int]) -> list[Outcome]:
+        """Enter a computed plan: `drawn` has an id for each chunk that draws (those ended since need none).
+
+        Returns the outcome of everyone who got an id or ended. Blocks of the ended are free on return.
+        """
+        outcomes, self._ended = self._ended, []
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if self._by_id.get(sequence.id) is not sequence:
+                continue
+            assert sequence.num_computed == chunk.start, f"{sequence.id}: a plan is committed once, before the next"
+            sequence.num_computed += chunk.num_tokens
+            if not chunk.draws:
+                continue
+            sequence.output_ids.append(drawn[sequence.id])
+            finish = sequence.end() or self._misfit(sequence)
+            if finish:
+                self.finish(sequence.id)
+            outcomes.append(Outcome(sequence, 1, finish))
+        return outcomes
+
+    def _admit(self) -> None:
+        """Seat waiting sequences, best rank first, as long as this step has tokens for them and the cache has blocks
+        for all that is known of everyone running, and one more for each: none is admitted only to be preempted."""
+        while self._waiting and len(self._running) < self._num_seats:
+            head = self._waiting[0]
+            num_ahead = sum(other.gap for other in self._running if other.gap == 1 or other.rank < head.rank)
+            num_owed = sum(self._num_blocks(other.num_total) + 1 - len(other.blocks) for other in self._running)
+            num_needed = num_owed + self._num_blocks(head.num_total) + 1
+            # Alone it is let in without a spare block: it fits (see `_misfit`) and has nobody to wait for.
+            if num_ahead >= self._config.max_batch_tokens or (self._running and num_needed > self.pool.num_free):
+                return
+            # Ledger: waiting -> running. Blocks come chunk by chunk.
+            self._waiting.pop(0)
+            insort(self._running, head, key=attrgetter("rank"))
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Its tokens will be computed again, its outputs stay. With its old arrival it is first of its priority."""
+        # Ledger: running -> waiting, its blocks -> free.
+        self._running.remove(victim)
+        self._free(victim)
+        insort(self._waiting, victim, key=attrgetter("rank"))
+        self.num_preemptions += 1
+
+    def _free(self, sequence: Sequence) -> None:
+        # Ledger: the sequence is no longer an owner of its blocks.
+        self.pool.give_back(sequence.blocks)
+        sequence.blocks, sequence.num_computed = [], 0
+
+    def _misfit(self, sequence: Sequence) -> Finish | None:
+        """The error for a sequence whose known tokens need more blocks than there are, None if they fit."""
+        num_needed = self._num_blocks(sequence.num_total)
+        if num_needed <= self.pool.num_blocks:
+            return None
+        return Finish(
+            FinishReason.ERROR,
+            error=f"{sequence.num_total} tokens need {num_needed} cache blocks of {self._config.block_size} tokens, "
+            f"and the cache has {self.pool.num_blocks}",
+        )
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_size)
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens the sequence can still compute in its own blocks and all free ones."""
+        num_blocks = len(sequence.blocks) + self.pool.num_free
+        return num_blocks * self._config.block_size - sequence.num_computed

@@ -1,0 +1,65 @@
+"""One request while it is being computed: its ids, how far it has come, the blocks it owns.
+
+The scheduler owns and changes it; everyone else reads. It knows no queue and no tensor.
+"""
+
+from dataclasses import dataclass, field
+
+from model.request import Finish, FinishReason, Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`output_ids` may hold ids from the start, when another worker began the request.
+
+    `num_computed` counts the first tokens, of prompt and output together, whose keys and values are in `blocks`.
+    """
+
+    request: Request
+    max_model_len: int
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    arrival: int = 0  # number of sequences added before this one
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_total(self) -> int:
+        """Tokens known: prompt and output."""
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def gap(self) -> int:
+        """Tokens known but not computed. Computing the last of them gives the next one."""
+        return self.num_total - self.num_computed
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller is served first and preempted last."""
+        return self.request.priority, self.arrival
+
+    def ids(self, start: int, stop: int) -> list[int]:
+        """Ids at positions `start` .. `stop` - 1 of prompt and output."""
+        n = self.num_prompt
+        if start >= n:
+            return self.output_ids[start - n : stop - n]
+        return [*self.request.prompt_ids[start:stop], *self.output_ids[: max(0, stop - n)]]
+
+    def end(self) -> Finish | None:
+        """How the ids themselves end the sequence: its last one is a stop id, or there may be no more. None: go on."""
+        sampling = self.request.sampling
+        # Before `min_tokens` a stop id can't be drawn, but it may stand in the output that another worker left.
+        if self.output_ids and len(self.output_ids) > sampling.min_tokens:
+            last = self.output_ids[-1]
+            if last in sampling.stop_token_ids:
+                return Finish(FinishReason.STOP, stop_reason=None if last in sampling.eos_ids else last)
+        if len(self.output_ids) >= sampling.max_tokens or self.num_total >= self.max_model_len:
+            return Finish(FinishReason.LENGTH)
+        return None
