@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from model.config import ModelConfig
-from model.families.registry import read_config
+from model.families.registry import FAMILIES, read_config
 from model.nn.attention import DenseAttention
 from model.nn.decoder import Decoder
 from model.weights import load_decoder
@@ -119,6 +120,33 @@ def test_logits_equal_transformers(pair: tuple[Decoder, list[int], torch.Tensor]
     decoder, ids, expected = pair
     assert expected.std() > 1  # random weights must say something, or nothing is compared
     torch.testing.assert_close(WAYS[way](decoder, ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+def test_transformers_reads_what_we_write(model_type: str, tmp_path: Path) -> None:
+    sizes = {**GPT2, "n_head": 4} if model_type == "gpt2" else {**SMALL, **GQA, **MIXED, "num_hidden_layers": 3}
+    family = FAMILIES[model_type]
+    decoder = Decoder(family.read_config({**sizes, "rope_parameters": LLAMA3})).eval()
+    randomise(decoder, 0.2)
+    state, tensors = decoder.state_dict(), {}
+    for rule in family.rules(decoder.config):
+        for name, part in zip(rule.theirs, state[rule.ours].split(rule.sizes), strict=True):
+            tensors[name] = (part.t() if rule.transpose else part).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(family.write_config(decoder.config)))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = list(range(40))
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(dense(decoder, ids), expected, atol=1e-4, rtol=0)
+
+
+def test_shards_of_transformers_load(tmp_path: Path) -> None:
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **GQA))
+    theirs.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    decoder = load_decoder(tmp_path, read_config(tmp_path), torch.float32, CPU)
+    assert torch.equal(decoder.embed.weight, theirs.model.embed_tokens.weight)
 
 
 LLAMA_LIKE = ModelConfig(
