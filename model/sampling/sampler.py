@@ -1,0 +1,148 @@
+"""Logits to ids for a mixed batch: the edits to the scores, the greedy choice, log-probabilities. `draw` draws.
+
+The order is: repetition penalty, then presence and frequency penalties and `logit_bias` (added up), then the stop ids
+that `min_tokens` still forbids, and then what `draw` does. Log-probabilities are taken before all of it.
+
+A row's result depends on no other row: every operation is either exact whatever its place (one rounding for each
+element) or a kernel that handles a row by itself. It must know no cache, network or scheduler.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.request import SamplingParams, TokenLogprob
+from model.sampling.draw import draw, leaders, take
+from model.sampling.random import uniform
+
+_MIN_LEADERS = 64  # more than any request may ask for, so that equal logits rank the same whoever else is asking
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is known of one sequence at this step. The id drawn for it has output position `len(output_ids)`."""
+
+    params: SamplingParams
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One entry for each row, in order.
+
+    `logprobs` is None where none were asked for. `bad` marks rows without a usable distribution (a NaN or +inf among
+    the logits, or all of them -inf): their id is 0 and means nothing, and the sequence must end with an error.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+    bad: list[bool]
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> Drawn:
+    """Draw one id for each of `rows` from logits [m, vocab] (any float dtype and device), which stay unchanged.
+
+    Temperature 0 takes the highest score, the lowest id among equals. All other ids are a function of the row's
+    scores, its seed and its position alone.
+    """
+    raw = logits.float()
+    scores = edit(raw, rows)
+    bad: list[bool] = (~scores.amax(-1).isfinite()).tolist()
+    token_ids = [0] * len(rows)
+    greedy = [i for i, row in enumerate(rows) if not bad[i] and row.params.temperature == 0]
+    if greedy:
+        _put(token_ids, greedy, take(scores, greedy).argmax(-1))
+    hot = [i for i, row in enumerate(rows) if not bad[i] and row.params.temperature > 0]
+    if hot:
+        uniforms = [uniform(rows[i].params.seed, len(rows[i].output_ids)) for i in hot]
+        _put(token_ids, hot, draw(take(scores, hot), [rows[i].params for i in hot], uniforms))
+    return Drawn(token_ids, _logprobs(raw, rows, token_ids, bad), bad)
+
+
+def edit(raw: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Scores [m, vocab] after penalties, biases and forbidden stop ids; `raw` itself if no row has any.
+
+    Repetition (prompt and output): a score above 0 is divided by the penalty, another multiplied (arXiv 1909.05858
+    section 4.1, with Hugging Face's treatment of negative scores). Presence and frequency (output only): minus
+    `presence` once and `frequency` for every occurrence, as OpenAI's API reference defines them.
+    """
+    repetition = _cells(raw, [_repetition(row) for row in rows])
+    shifts = _cells(raw, [_shifts(row) for row in rows])
+    forbidden = _cells(raw, [_forbidden(row) for row in rows])
+    if repetition is None and shifts is None and forbidden is None:
+        return raw
+    scores = raw.clone()
+    if repetition is not None:
+        at, penalties = repetition
+        old = scores[at]
+        scores[at] = torch.where(old > 0, old / penalties, old * penalties)
+    if shifts is not None:
+        at, amounts = shifts
+        scores[at] += amounts
+    if forbidden is not None:
+        at, minus_infinity = forbidden
+        old = scores[at]
+        scores[at] = old + minus_infinity  # added, so that a NaN stays one
+        nothing_left = scores.amax(-1) == -torch.inf
+        scores[at] = torch.where(nothing_left[at[0]], old, scores[at])  # a row with nothing else keeps its stop ids
+    return scores
+
+
+def _repetition(row: Row) -> dict[int, float]:
+    penalty = row.params.repetition_penalty
+    return {} if penalty == 1 else dict.fromkeys((*row.prompt_ids, *row.output_ids), penalty)
+
+
+def _shifts(row: Row) -> dict[int, float]:
+    p, shifts = row.params, dict(row.params.logit_bias)
+    if p.presence_penalty or p.frequency_penalty:
+        for token_id, count in Counter(row.output_ids).items():
+            shifts[token_id] = shifts.get(token_id, 0.0) - p.presence_penalty - p.frequency_penalty * count
+    return shifts
+
+
+def _forbidden(row: Row) -> dict[int, float]:
+    p = row.params
+    return dict.fromkeys(p.stop_token_ids, -torch.inf) if len(row.output_ids) < p.min_tokens else {}
+
+
+def _cells(like: Tensor, edits: Sequence[dict[int, float]]) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
+    """One dict of id -> value for each row, as index pair (rows, ids) and values; None if there are no values."""
+    ids = [token_id for edit in edits for token_id in edit]
+    if not ids:
+        return None
+    rows = torch.arange(len(edits)).repeat_interleave(torch.tensor([len(edit) for edit in edits]))
+    values = torch.tensor([value for edit in edits for value in edit.values()], dtype=like.dtype)
+    return (rows.to(like.device), torch.tensor(ids, device=like.device)), values.to(like.device)
+
+
+def _logprobs(
+    raw: Tensor, rows: Sequence[Row], token_ids: Sequence[int], bad: Sequence[bool]
+) -> list[TokenLogprob | None]:
+    """What the network itself thought of the drawn ids, for the rows that ask."""
+    found: list[TokenLogprob | None] = [None] * len(rows)
+    asking = [i for i, row in enumerate(rows) if row.params.num_logprobs is not None and not bad[i]]
+    if not asking:
+        return found
+    asked = [rows[i].params.num_logprobs or 0 for i in asking]
+    logits = take(raw, asking)
+    logprobs = logits.log_softmax(-1)
+    drawn = logprobs.gather(-1, torch.tensor([[token_ids[i]] for i in asking], device=raw.device))[:, 0].tolist()
+    top: list[list[tuple[int, float]]] = [[] for _ in asking]
+    if max(asked) > 0:
+        _, ids = leaders(logits, max(_MIN_LEADERS, *asked))
+        ids = ids[:, : max(asked)]
+        pairs = zip(ids.tolist(), logprobs.gather(-1, ids).tolist(), strict=True)
+        top = [list(zip(*pair, strict=True)) for pair in pairs]
+    for i, num, logprob, likeliest in zip(asking, asked, drawn, top, strict=True):
+        found[i] = TokenLogprob(logprob, tuple(likeliest[:num]))
+    return found
+
+
+def _put(target: list[int], rows: Sequence[int], ids: Tensor) -> None:
+    for i, token_id in zip(rows, ids.tolist(), strict=True):
+        target[i] = token_id
