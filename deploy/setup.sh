@@ -28,4 +28,5 @@ if ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.vers
     $pip install -c constraints.txt "$torch"
 fi
 echo "installing millrace${extras:+ with $extras}"
-$pip install -c constraints.txt -e ".${extras:+[$extras]}"
+# EDITABLE= (empty) copies the packages into the environment instead of pointing at this folder.
+$pip install -c constraints.txt ${EDITABLE--e} ".${extras:+[$extras]}"

@@ -12,6 +12,10 @@ class CheckpointError(ValueError):
     """A model folder that can't be served: the message is one line naming the file, the item, found and expected."""
 
 
+class EngineConfigError(ValueError):
+    """A model that can't be run as asked: the message is one line naming the flag to change."""
+
+
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
     """A change of rotary frequencies for longer contexts: `linear` divides them all by `factor`; `llama3` divides the

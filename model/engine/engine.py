@@ -1,0 +1,164 @@
+"""The engine: requests in, deltas out, one step at a time.
+
+It ties the scheduler (who), the runner (what) and the stop strings (until when) together. One thread, no asyncio, no
+service types; the same object serves HTTP and five lines of library code:
+
+    engine = Engine.load("model/bundled")
+    engine.add(Request("a", tuple(engine.tokenizer.encode("Once upon a time")), SamplingParams(max_tokens=40)))
+    while engine.has_work():
+        for delta in engine.step():
+            print(engine.tokenizer.decode(delta.token_ids), end="", flush=True)
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.assemble import Assembler
+from model.config import EngineConfig
+from model.engine.runner import Computed, Runner
+from model.engine.scheduler import Outcome, Scheduler, StepPlan
+from model.engine.sequence import Sequence
+from model.engine.sizing import choose_device, choose_dtype, size_engine
+from model.families.registry import read_config
+from model.nn.decoder import Decoder, as_dtype
+from model.request import Delta, Finish, FinishReason, Request, TokenLogprob
+from model.tokenizer import Tokenizer
+from model.weights import load_decoder
+
+NOT_FINITE = Finish(FinishReason.ERROR, error="the network produced a number that is not finite")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges now, and counters since the start (`_total`). `last_rows` is the number of tokens of the last step."""
+
+    num_waiting: int
+    num_running: int
+    num_blocks: int
+    num_free_blocks: int
+    preemptions_total: int
+    steps_total: int
+    prompt_tokens_total: int
+    output_tokens_total: int
+    last_rows: int
+
+
+class Engine:
+    """Continuous batching over one network. Every added request ends with exactly one delta that has a `finish`, unless
+    it is cancelled: then its blocks are free at once and no more is said of it."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        self.scheduler = Scheduler(config)
+        self.runner = Runner(decoder, config)
+        self._assemblers: dict[str, Assembler] = {}  # of requests with stop strings only
+        self._ended: list[Delta] = []  # complete when they were added; told by the next step
+        self._steps = self._prompt_tokens = self._output_tokens = self._last_rows = 0
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        cache_gib: float | None = None,
+    ) -> "Engine":
+        """An engine for a Hugging Face folder. Raises `CheckpointError` and `EngineConfigError`, one line each."""
+        folder = Path(folder)
+        config = read_config(folder)
+        tokenizer = Tokenizer.load(folder)
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, device, config.dtype)
+        decoder = load_decoder(folder, config, as_dtype(dtype), torch.device(device))
+        sized = size_engine(
+            config,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            cache_gib=cache_gib,
+        )
+        return cls(decoder, tokenizer, sized)
+
+    def add(self, request: Request, so_far: Seq[int] = ()) -> None:
+        """Take a request in; `so_far` are output ids that it already has, which are not told again."""
+        if request.text.stop:
+            assembler = Assembler(self.tokenizer, request)
+            for token_id in so_far:
+                assembler.push(token_id)
+            if assembler.stopped is not None:
+                finish = Finish(FinishReason.STOP, stop_reason=assembler.stopped)
+                self._ended.append(Delta(request.id, len(so_far), finish=finish))
+                return
+            self._assemblers[request.id] = assembler
+        self.scheduler.add(Sequence(request, self.config.max_model_len, list(so_far)))
+
+    def cancel(self, id: str) -> None:
+        """Forget a request, waiting or running; its blocks are free on return. An unknown id is no error."""
+        self.scheduler.finish(id)
+        self._assemblers.pop(id, None)
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_work or bool(self._ended)
+
+    def room(self) -> int:
+        """How many more requests are welcome: the seats, and a few to take the place of those that end."""
+        spare = max(1, self.config.max_num_seqs // 8)
+        return max(0, self.config.max_num_seqs + spare - self.scheduler.num_running - self.scheduler.num_waiting)
+
+    def step(self) -> list[Delta]:
+        """Compute one step: at most one new id for each running request, and whoever ended."""
+        plan = self.scheduler.plan()
+        done = self.runner.run(plan) if plan.chunks else Computed()
+        deltas, self._ended = self._ended, []
+        for sequence in done.failed:
+            self.cancel(sequence.id)
+            deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=NOT_FINITE))
+        for outcome in self.scheduler.commit(plan, done.token_ids):
+            deltas.append(self._delta(outcome, done.logprobs.get(outcome.sequence.id)))
+        self._count(plan, sum(len(delta.token_ids) for delta in deltas))
+        return deltas
+
+    def stats(self) -> EngineStats:
+        """A snapshot, cheap enough for every step."""
+        pool = self.scheduler.pool
+        return EngineStats(
+            self.scheduler.num_waiting,
+            self.scheduler.num_running,
+            pool.num_blocks,
+            pool.num_free,
+            self.scheduler.num_preemptions,
+            self._steps,
+            self._prompt_tokens,
+            self._output_tokens,
+            self._last_rows,
+        )
+
+    def _delta(self, outcome: Outcome, logprob: TokenLogprob | None) -> Delta:
+        sequence, finish = outcome.sequence, outcome.finish
+        new = tuple(sequence.output_ids[len(sequence.output_ids) - outcome.num_new :])
+        assembler = self._assemblers.get(sequence.id)
+        if assembler is not None:
+            for token_id in new:
+                assembler.push(token_id)
+            if assembler.stopped is not None:
+                self.scheduler.finish(sequence.id)
+                finish = Finish(FinishReason.STOP, stop_reason=assembler.stopped)
+        if finish is not None:
+            self._assemblers.pop(sequence.id, None)
+        start = len(sequence.output_ids) - len(new)
+        return Delta(sequence.id, start, new, (logprob,) if new and logprob is not None else (), finish)
+
+    def _count(self, plan: StepPlan, num_drawn: int) -> None:
+        self._steps += bool(plan.chunks)
+        self._output_tokens += num_drawn
+        self._last_rows = plan.num_tokens
+        for chunk in plan.chunks:
+            self._prompt_tokens += max(0, min(chunk.start + chunk.num_tokens, chunk.sequence.num_prompt) - chunk.start)

@@ -1,0 +1,124 @@
+"""Turns a step's plan into tensors, runs the network over the paged cache and draws the next ids.
+
+It owns the network, the cache tensors and the device; it knows nothing of queues, requests' lives or text.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from model.cache.store import PagedStore
+from model.config import EngineConfig
+from model.engine.scheduler import Chunk, StepPlan
+from model.engine.sequence import Sequence
+from model.nn.attention import PagedAttention
+from model.nn.batch import TILE, AttentionGroup, ForwardBatch, pad_rows, row_multiple
+from model.nn.decoder import Decoder, as_dtype
+from model.request import TokenLogprob
+from model.sampling.sampler import Row, sample
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a step brought, by request id: drawn ids, their log-probabilities where asked for, and the sequences whose
+    numbers were not finite."""
+
+    token_ids: dict[str, int] = field(default_factory=dict)
+    logprobs: dict[str, TokenLogprob] = field(default_factory=dict)
+    failed: list[Sequence] = field(default_factory=list)
+
+
+class Runner:
+    """One network on one device. Not thread-safe: the engine's thread is the only caller."""
+
+    def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
+        if TILE % config.block_size:
+            raise ValueError(f"block_size {config.block_size} does not divide the attention tile of {TILE} tokens")
+        self.decoder, self.config = decoder, config
+        self.device = torch.device(config.device)
+        self.store = PagedStore(decoder.config, config.num_blocks, config.block_size, self.device, as_dtype(config.dtype))
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Computed:
+        """Compute every chunk's keys and values, and draw one id for each chunk that draws."""
+        batch = self.build(plan)
+        hidden = self.decoder(batch.token_ids, batch.positions, PagedAttention(self.decoder.config, self.store, batch))
+        done = Computed(failed=self._not_finite(plan, hidden))
+        drawing = [chunk for chunk in plan.chunks if chunk.draws]
+        if drawing:
+            wanted = pad_rows(hidden[batch.logit_rows], row_multiple(self.device))
+            drawn = sample(self.decoder.logits(wanted)[: len(drawing)], [_row(chunk) for chunk in drawing])
+            for chunk, token_id, logprob, bad in zip(drawing, drawn.token_ids, drawn.logprobs, drawn.bad, strict=True):
+                done.token_ids[chunk.sequence.id] = token_id
+                if logprob is not None:
+                    done.logprobs[chunk.sequence.id] = logprob
+                if bad and chunk.sequence not in done.failed:
+                    done.failed.append(chunk.sequence)
+        for sequence in done.failed:
+            # Before anyone else gets the blocks: a masked NaN is still a NaN to whoever sums over it.
+            self.store.clear(sequence.blocks)
+        return done
+
+    def _not_finite(self, plan: StepPlan, hidden: Tensor) -> list[Sequence]:
+        """Sequences with a row that is not finite. A bad key or value shows here too, since its row sees itself."""
+        finite = hidden.isfinite().all(dim=1)
+        if bool(finite.all()):
+            return []
+        widths = [chunk.num_tokens for chunk in plan.chunks]
+        pieces = finite[: sum(widths)].split(widths)
+        return [chunk.sequence for chunk, rows in zip(plan.chunks, pieces, strict=True) if not bool(rows.all())]
+
+    def build(self, plan: StepPlan) -> ForwardBatch:
+        """The plan as tensors. Rows follow the plan's chunks, each chunk's tokens in order."""
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        wanted: list[int] = []
+        first_rows: dict[int, int] = {}
+        size = self.config.block_size
+        for chunk in plan.chunks:
+            first_rows[id(chunk)] = len(ids)
+            span = range(chunk.start, chunk.start + chunk.num_tokens)
+            blocks = chunk.sequence.blocks
+            ids += chunk.sequence.ids(span.start, span.stop)
+            positions += span
+            slots += [blocks[at // size] * size + at % size for at in span]
+            if chunk.draws:
+                wanted.append(len(ids) - 1)
+        by_width = sorted(plan.chunks, key=lambda c: (c.num_tokens, -(c.start + c.num_tokens)))
+        groups = tuple(
+            self._group(list(chunks), first_rows) for _, chunks in groupby(by_width, key=lambda c: c.num_tokens)
+        )
+        multiple = row_multiple(self.device)
+        return ForwardBatch(
+            token_ids=pad_rows(self._tensor(ids), multiple),
+            positions=pad_rows(self._tensor(positions), multiple),
+            num_rows=len(ids),
+            slots=self._tensor(slots),
+            groups=groups,
+            logit_rows=self._tensor(wanted),
+        )
+
+    def _group(self, chunks: list[Chunk], first_rows: dict[int, int]) -> AttentionGroup:
+        """Chunks of equal width, longest context first."""
+        width = chunks[0].num_tokens
+        tiles = [-(-(chunk.start + width) // TILE) for chunk in chunks]
+        per_row = tiles[0] * (TILE // self.config.block_size)
+        tables = [(chunk.sequence.blocks + [0] * per_row)[:per_row] for chunk in chunks]
+        return AttentionGroup(
+            rows=self._tensor([list(range(first := first_rows[id(c)], first + width)) for c in chunks]),
+            block_tables=self._tensor(tables),
+            live=tuple(sum(n > tile for n in tiles) for tile in range(tiles[0])),
+            min_position=min(chunk.start for chunk in chunks),
+        )
+
+    def _tensor(self, numbers: Seq[int] | Seq[Seq[int]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+def _row(chunk: Chunk) -> Row:
+    sequence = chunk.sequence
+    return Row(sequence.request.sampling, sequence.request.prompt_ids, sequence.output_ids)

@@ -1,0 +1,106 @@
+"""The `millrace` command: reads the command line, calls the room that does the work, turns refusals into one line.
+
+Heavy rooms are imported only by the command that needs them, so that `--help` and typing mistakes answer at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from model.config import CheckpointError, EngineConfigError
+from model.training.options import OptionError, add_arguments
+from service.errors import MillraceError
+from service.settings import SettingsError
+
+STARTUP_FAILED = 3
+
+EPILOG = """examples:
+  millrace serve                                   the bundled model on http://127.0.0.1:8000
+  millrace serve --model path/to/folder --port 9000
+  millrace generate "Once upon a time"
+  millrace chat                                    talk to the server on http://127.0.0.1:8000
+  millrace train --data stories.txt --out my-model
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 2 wrong usage, 3 can't start or go on (one line on stderr says why)."""
+    parser = argparse.ArgumentParser(
+        prog="millrace", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _serve_arguments(commands.add_parser("serve", help="serve a model over HTTP"))
+    _generate_arguments(commands.add_parser("generate", help="write a text to the terminal"))
+    _chat_arguments(commands.add_parser("chat", help="talk to a running server"))
+    _train_arguments(commands.add_parser("train", help="train a model from text"))
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
+        print(f"millrace: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(STARTUP_FAILED)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether an error was raised on purpose, for a person to read; anything else keeps its traceback."""
+    return isinstance(error, CheckpointError | EngineConfigError | OptionError | SettingsError | MillraceError)
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a Hugging Face folder (default: the bundled storyteller)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output together")
+    parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences computed in one step")
+    parser.add_argument("--cache-gib", type=float, metavar="GIB", help="memory for the paged cache")
+
+
+def _lazily(room: str, function: str) -> Callable[[argparse.Namespace], None]:
+    def run(args: argparse.Namespace) -> None:
+        getattr(import_module(room), function)(args)
+
+    return run
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--model-name", help="the name clients use (default: the folder's)")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--drain-s", type=float, metavar="S", help="on SIGTERM, seconds for running requests to end")
+    parser.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait before new ones get 429")
+    parser.add_argument("--log-json", action="store_const", const=True, help="log lines as JSON")
+    parser.set_defaults(run=_lazily("service.serve", "serve"))
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt")
+    _model_arguments(parser)
+    parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text (default: drawn and told)")
+    parser.set_defaults(run=_lazily("service.terminal", "generate"))
+
+
+def _chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument(
+        "--model", help="the folder whose chat template and tokenizer to use (default: the bundled one)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=200)
+    parser.set_defaults(run=_lazily("service.terminal", "chat"))
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser)
+    parser.set_defaults(run=_lazily("service.terminal", "train"))
+
+
+if __name__ == "__main__":
+    main()

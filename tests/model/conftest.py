@@ -1,0 +1,60 @@
+"""Small real engines for the tests: random weights, a byte tokenizer, everything else as in service."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
+
+from model.config import EngineConfig, ModelConfig
+from model.engine.engine import Engine
+from model.nn.decoder import Decoder
+from model.tokenizer import Tokenizer
+
+TINY = ModelConfig(
+    family="llama",
+    vocab_size=256,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    max_position=512,
+)
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """256 ids, one for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Library(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    folder: Path = tmp_path_factory.mktemp("bytes")
+    library.save(str(folder / "tokenizer.json"))
+    return Tokenizer.load(folder)
+
+
+def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
+    """Weights wide enough that the logits are far from uniform."""
+    torch.manual_seed(seed)
+    decoder = Decoder(config).eval().requires_grad_(False)
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.3)
+    return decoder
+
+
+@pytest.fixture
+def make_engine(byte_tokenizer: Tokenizer) -> MakeEngine:
+    """An engine over TINY; keyword arguments change its EngineConfig."""
+
+    def make(decoder: Decoder | None = None, **changes: int) -> Engine:
+        settings = {"max_model_len": 512, "num_blocks": 256, **changes}
+        return Engine(decoder or random_decoder(TINY), byte_tokenizer, EngineConfig(**settings))  # type: ignore[arg-type]
+
+    return make
