@@ -16,7 +16,7 @@ from model.request import SamplingParams
 
 _CERTAINTY = 2.0**46
 _MIN_TEMPERATURE = 1e-30  # below it float32 would divide by zero; the outcome is the same
-_WIDTH = 128  # candidates that a truncated row is sorted for at first
+_WIDTH = 64  # candidates that a truncated row is sorted for at first
 _WIDEN = 16
 
 
@@ -71,7 +71,7 @@ def _choose(weights: Tensor, params: Sequence[SamplingParams], uniforms: Sequenc
     """
     if any(p.min_p > 0 for p in params):
         floors = column(weights, [p.min_p for p in params]) * weights.amax(-1, keepdim=True)
-        weights = weights.masked_fill(weights < floors, 0)
+        weights = weights.masked_fill(weights < floors.ceil().long(), 0)
     mass = weights.cumsum(-1)
     targets = (column(weights, uniforms) * mass[:, -1:]).long()
     return torch.searchsorted(mass, targets, right=True)[:, 0]
