@@ -71,7 +71,7 @@ def _choose(weights: Tensor, params: Sequence[SamplingParams], uniforms: Sequenc
     """
     if any(p.min_p > 0 for p in params):
         floors = column(weights, [p.min_p for p in params]) * weights.amax(-1, keepdim=True)
-        weights = weights.masked_fill(weights < floors.ceil().long(), 0)
+        weights = torch.where(weights < floors.ceil().long(), 0, weights)
     mass = weights.cumsum(-1)
     targets = (column(weights, uniforms) * mass[:, -1:]).long()
     return torch.searchsorted(mass, targets, right=True)[:, 0]
