@@ -46,9 +46,8 @@ def figures(streams: list[Stream], started_s: float) -> Figures:
     ttfts = sorted(s.ttft_s * 1e3 for s in streams)
     gaps = sorted(gap * 1e3 for s in streams for gap in s.gaps_s())
     total = sum(len(s.token_times_s) for s in streams)
-    return Figures(
-        total / (ended_s - started_s), *(_quantile(x, q) for x, q in [(ttfts, 0.5), (ttfts, 0.99), (gaps, 0.5), (gaps, 0.99)])
-    )
+    waits = [_quantile(ordered, q) for ordered in (ttfts, gaps) for q in (0.5, 0.99)]
+    return Figures(total / (ended_s - started_s), *waits)
 
 
 def _quantile(ordered: list[float], q: float) -> float:
@@ -61,7 +60,8 @@ def bare(engine: Engine, num_streams: int, num_tokens: int) -> Figures:
     started = time.monotonic()
     streams = {f"s{i}": Stream(started) for i in range(num_streams)}
     for i, name in enumerate(streams):
-        engine.add(Request(name, prompt_ids, SamplingParams(temperature=0.8, top_p=0.95, seed=i, max_tokens=num_tokens)))
+        sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=i, max_tokens=num_tokens)
+        engine.add(Request(name, prompt_ids, sampling))
     while engine.has_work():
         deltas = engine.step()
         now = time.monotonic()
@@ -139,7 +139,8 @@ def report(num_streams: int, runs: dict[str, list[Figures]]) -> list[dict[str, o
             f"between p50 {medians['gap_p50_ms']:6.2f} p99 {medians['gap_p99_ms']:6.2f} ms",
             flush=True,
         )
-    ratio = statistics.median(h.tokens_per_s / e.tokens_per_s for e, h in zip(runs["engine"], runs["http"], strict=True))
+    pairs = zip(runs["engine"], runs["http"], strict=True)
+    ratio = statistics.median(http.tokens_per_s / bare.tokens_per_s for bare, http in pairs)
     print(f"{num_streams:4d} streams  HTTP keeps {ratio:.1%} of the bare engine", flush=True)
     rows.append({"streams": num_streams, "http_share": ratio})
     return rows

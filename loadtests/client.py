@@ -34,11 +34,12 @@ async def stream(host: str, port: int, body: dict[str, object], path: str = "/ge
     Raises `RuntimeError` on another status than 200 and on a stream without a terminal event.
     """
     payload = json.dumps({**body, "stream": True}).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(payload)}\r\nconnection: close\r\n\r\n"
     reader, writer = await asyncio.open_connection(host, port)
     try:
         result = Stream(sent_s=time.monotonic())
-        writer.write(head.encode() + b"connection: close\r\n\r\n" + payload)
+        writer.write(head.encode() + payload)
         status = await reader.readline()
         if b" 200 " not in status:
             raise RuntimeError(f"status {status!r}: {(await reader.read(4096))[-500:]!r}")

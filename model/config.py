@@ -60,7 +60,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tied_head: bool = True
-    windows: tuple[int | None, ...] = ()  # keys a layer sees, the token itself included; None = all; () = all layers all
+    windows: tuple[int | None, ...] = ()  # keys a layer sees, its own included; None = all; () = all in every layer
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     dtype: str = "float32"  # the checkpoint's own

@@ -39,7 +39,8 @@ class Runner:
             raise ValueError(f"block_size {config.block_size} does not divide the attention tile of {TILE} tokens")
         self.decoder, self.config = decoder, config
         self.device = torch.device(config.device)
-        self.store = PagedStore(decoder.config, config.num_blocks, config.block_size, self.device, as_dtype(config.dtype))
+        dtype = as_dtype(config.dtype)
+        self.store = PagedStore(decoder.config, config.num_blocks, config.block_size, self.device, dtype)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Computed:
@@ -68,7 +69,7 @@ class Runner:
         if bool(finite.all()):
             return []
         widths = [chunk.num_tokens for chunk in plan.chunks]
-        pieces = finite[: sum(widths)].split(widths)
+        pieces = torch.split_with_sizes(finite[: sum(widths)], widths)
         return [chunk.sequence for chunk, rows in zip(plan.chunks, pieces, strict=True) if not bool(rows.all())]
 
     def build(self, plan: StepPlan) -> ForwardBatch:

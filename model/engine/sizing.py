@@ -60,7 +60,7 @@ def size_engine(
     num_blocks = min(wanted, room) // per_block
     if num_blocks * engine.block_size < length:
         raise EngineConfigError(
-            f"{where}: that holds {max(num_blocks, 0) * engine.block_size} tokens, a single sequence may need {length}; "
+            f"{where}: that holds {max(num_blocks, 0) * engine.block_size} tokens, one sequence may need {length}; "
             f"use --max-model-len {max(num_blocks * engine.block_size, 1)} or less, "
             f"or --cache-gib {length * per_block / engine.block_size / GIB:.3f} or more"
         )

@@ -1,15 +1,18 @@
 """Small real engines for the tests: random weights, a byte tokenizer, everything else as in service."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 from model.config import EngineConfig, ModelConfig
 from model.engine.engine import Engine
+from model.families.registry import FAMILIES
 from model.nn.decoder import Decoder
 from model.tokenizer import Tokenizer
 
@@ -27,16 +30,33 @@ TINY = ModelConfig(
 MakeEngine = Callable[..., Engine]
 
 
-@pytest.fixture(scope="session")
-def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def byte_library() -> Library:
     """256 ids, one for each byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     library = Library(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    folder: Path = tmp_path_factory.mktemp("bytes")
-    library.save(str(folder / "tokenizer.json"))
-    return Tokenizer.load(folder)
+    return library
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    return Tokenizer(byte_library())
+
+
+def save_folder(decoder: Decoder, folder: Path) -> Path:
+    """The network with the byte tokenizer as a Hugging Face folder."""
+    folder.mkdir(parents=True)
+    family, parameters = FAMILIES[decoder.config.family], dict(decoder.named_parameters())
+    tensors = {
+        name: part.contiguous()
+        for rule in family.rules(decoder.config)
+        for name, part in zip(rule.theirs, torch.split_with_sizes(parameters[rule.ours], rule.sizes), strict=True)
+    }
+    save_file(tensors, str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(family.write_config(decoder.config)))
+    byte_library().save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
