@@ -1,0 +1,115 @@
+"""The door as an ASGI application: routes, errors as problem objects, request ids, HEAD, and the documentation page.
+
+It starts with nothing loaded, so that the port can be bound first; `Backend.loaded` opens it. It holds no rules of its
+own about requests.
+"""
+
+import logging
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import MillraceError
+from service.http.problems import HttpRefusal, problem_response
+from service.http.routes import Backend, Routes
+from service.metrics import Metrics
+
+PAGE = Path(__file__).parent / "page"
+MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+CSP = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+CODES = {404: "not_found", 405: "method_not_allowed"}
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(backend: Backend, metrics: Metrics, version: str = "0") -> FastAPI:
+    """The application over a backend that may still be empty."""
+    app = FastAPI(
+        title="Millrace",
+        version=version,
+        summary="Text generation, streamed.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.include_router(Routes(backend, metrics).router())
+    for path, name in (("/docs", "docs.html"), ("/docs/docs.js", "docs.js"), ("/docs/docs.css", "docs.css")):
+        app.add_api_route(path, _page(PAGE / name), include_in_schema=False)
+    app.add_exception_handler(MillraceError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_middleware(Edge)
+    return app
+
+
+class Edge:
+    """Outermost: every response has its `x-request-id`, HEAD is GET without the body, and no exception gets past.
+
+    Plain ASGI, since wrapping classes of the framework would stand between a stream and its client.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; what was raised is logged here and told as nothing but a 500."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        is_head, started = scope["method"] == "HEAD", False
+
+        async def send_on(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
+            elif is_head:
+                message = {**message, "body": b""}
+            await send(message)
+
+        try:
+            await self._app({**scope, "method": "GET"} if is_head else scope, receive, send_on)
+        except ClientDisconnect:
+            logger.debug("request %s: the client left while sending", request_id.decode())
+        except Exception as error:
+            logger.error("request %s broke", request_id.decode(), exc_info=error)
+            if not started:
+                await problem_response(MillraceError("internal error"))(scope, receive, send_on)
+
+
+def _request_id(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+            return bytes(value)
+    return secrets.token_hex(16).encode()
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, MillraceError)
+    return problem_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses by itself: routes and methods that don't exist."""
+    assert isinstance(error, HTTPException)
+    code = CODES.get(error.status_code, MillraceError.code)
+    detail = f"{request.method[:16]} is not taken here" if code == "method_not_allowed" else "see /docs for the routes"
+    return problem_response(HttpRefusal(code, detail, dict(error.headers or {})))
+
+
+def _page(path: Path) -> Callable[[], Awaitable[Response]]:
+    body = path.read_bytes()
+    headers = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff"}
+
+    async def page() -> Response:
+        return Response(body, media_type=MEDIA_TYPES[path.suffix], headers=headers)
+
+    return page

@@ -1,0 +1,130 @@
+"""From a checked body to frozen requests: the only validator after the schema, and the last.
+
+It applies what depends on the served model (vocabulary, context length, defaults), tokenises, and fixes id, seed,
+deadline and `max_tokens`, so that nothing after it fills in, clamps or drops. One thing is clamped, and here: a
+`max_tokens` beyond the context means "until the context is full". It knows no HTTP and no shape of an answer.
+"""
+
+import asyncio
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TypeVar
+
+from model.config import GenerationDefaults
+from model.request import Request, SamplingParams, TextOptions, child_seed
+from model.tokenizer import Tokenizer
+from service.errors import InvalidRequest, ModelNotFound, PromptTooLong
+from service.http.schemas import ALLOWED, GenerateRequest
+
+MAX_INLINE_CHARS = 4096  # a longer prompt is tokenised in a thread; for a shorter one the way there costs more
+SEED_BITS = 53  # of a drawn seed: the largest integers that every JSON reader can hand back unharmed
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The model that is served, as the door needs to know it. `created` is when it was loaded, epoch seconds."""
+
+    name: str
+    tokenizer: Tokenizer
+    max_model_len: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    defaults: GenerationDefaults
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """One client's request, ready to be submitted: as many sequences as answers were asked for."""
+
+    id: str
+    model: str
+    created: int
+    seed: int
+    group: tuple[Request, ...]
+
+
+async def take_in(body: GenerateRequest, served: Served, tenant: str = "default") -> Intake:
+    """Raises `ModelNotFound`, `InvalidRequest` and `PromptTooLong`."""
+    if body.model not in (None, served.name):
+        raise ModelNotFound(str(body.model), served.name)
+    now_s = time.time()
+    prompt_ids = await _prompt_ids(body.prompt, served)
+    sampling = _sampling(body, served, room=served.max_model_len - len(prompt_ids))
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    id = f"gen-{secrets.token_hex(16)}"
+    group = tuple(
+        Request(
+            id=f"{id}.{i}" if body.n > 1 else id,
+            prompt_ids=prompt_ids,
+            sampling=sampling[i],
+            text=TextOptions(stop=stop, echo=body.echo),
+            model=served.name,
+            tenant=tenant,
+            priority=body.priority,
+            created_s=now_s,
+            deadline_s=None if body.timeout_s is None else now_s + body.timeout_s,
+        )
+        for i in range(body.n)
+    )
+    return Intake(id, served.name, int(now_s), sampling[0].seed, group)
+
+
+async def _prompt_ids(prompt: str | list[int], served: Served) -> tuple[int, ...]:
+    encode, limit = served.tokenizer.encode, served.max_model_len - 1  # one token at least must be generated
+    if not isinstance(prompt, str):
+        ids = prompt
+    elif len(prompt) <= MAX_INLINE_CHARS:
+        ids = encode(prompt, special=True)
+    else:
+        ids = await asyncio.to_thread(encode, prompt, special=True)
+    if len(ids) > limit:
+        raise PromptTooLong(len(ids), limit)
+    if not ids:
+        raise InvalidRequest("prompt", prompt, "text that makes at least one token")
+    _check_ids("prompt", ids, served)
+    return tuple(ids)
+
+
+def _sampling(body: GenerateRequest, served: Served, room: int) -> list[SamplingParams]:
+    """The sampling parameters of each answer; they differ by seed only."""
+    defaults = served.defaults
+    bias = tuple((int(key), float(value)) for key, value in (body.logit_bias or {}).items())
+    stop_ids = body.stop_token_ids or []
+    _check_ids("logit_bias", [key for key, _ in bias], served)
+    _check_ids("stop_token_ids", stop_ids, served)
+    if body.min_tokens > body.max_tokens:
+        raise InvalidRequest("min_tokens", body.min_tokens, f"an integer from 0 to max_tokens, {body.max_tokens}")
+    eos_ids = () if body.ignore_eos else served.eos_ids
+    seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
+    return [
+        SamplingParams(
+            temperature=_given(body.temperature, defaults.temperature),
+            top_k=_given(body.top_k, defaults.top_k),
+            top_p=_given(body.top_p, defaults.top_p),
+            min_p=_given(body.min_p, defaults.min_p),
+            repetition_penalty=_given(body.repetition_penalty, defaults.repetition_penalty),
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias=bias,
+            seed=child_seed(seed, index),
+            max_tokens=min(body.max_tokens, room),
+            min_tokens=min(body.min_tokens, room),
+            stop_token_ids=tuple(dict.fromkeys((*eos_ids, *stop_ids))),
+            eos_ids=eos_ids,
+            num_logprobs=body.logprobs,
+        )
+        for index in range(body.n)
+    ]
+
+
+def _check_ids(field: str, ids: list[int], served: Served) -> None:
+    if ids and max(ids) >= served.vocab_size:
+        raise InvalidRequest(field, max(ids), f"{ALLOWED[field]}; the vocabulary is 0 to {served.vocab_size - 1}")
+
+
+def _given(value: Number | None, default: Number) -> Number:
+    return default if value is None else value

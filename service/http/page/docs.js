@@ -1,0 +1,44 @@
+// Renders /openapi.json. Text only ever goes in as text, so nothing in the document can become markup.
+const make = (tag, text, parent) => {
+  const node = document.createElement(tag);
+  if (text) node.textContent = text;
+  parent.append(node);
+  return node;
+};
+
+const typeOf = (schema) =>
+  schema.anyOf ? schema.anyOf.map(typeOf).join(" | ")
+  : schema.type === "array" ? `[${typeOf(schema.items)}]`
+  : schema.type ?? "any";
+
+const row = (table, name, about) => {
+  const line = make("tr", "", table);
+  make("code", name, make("td", "", line));
+  make("td", about, line);
+  return line;
+};
+
+const show = (method, path, route, parent) => {
+  make("h2", `${method.toUpperCase()} ${path}`, parent);
+  make("p", route.summary, parent);
+  const body = route.requestBody?.content["application/json"].schema;
+  if (body) {
+    const table = make("table", "", parent);
+    for (const [name, field] of Object.entries(body.properties)) {
+      const fallback = field.default == null ? "" : ` = ${JSON.stringify(field.default)}`;
+      row(table, `${name}: ${typeOf(field)}${fallback}`, field.description);
+    }
+  }
+  const answers = make("table", "", parent);
+  for (const [status, answer] of Object.entries(route.responses)) {
+    const line = row(answers, status, answer.description);
+    for (const [code] of answer.description.matchAll(/[a-z_]+(?=: )/g)) make("a", "", line).id = code;
+  }
+};
+
+const api = await (await fetch("/openapi.json")).json();
+const routes = document.getElementById("routes");
+for (const [path, methods] of Object.entries(api.paths)) {
+  for (const [method, route] of Object.entries(methods)) show(method, path, route, routes);
+}
+if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();

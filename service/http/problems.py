@@ -1,0 +1,81 @@
+"""The error tree in HTTP's words: RFC 9457 problem objects, for a response's body and for a stream's terminal event.
+
+The one place that knows which error has which status. Nothing from inside the program is told: no path, no traceback.
+"""
+
+import orjson
+from starlette.responses import Response
+
+from service.errors import InvalidRequest, MillraceError, Overloaded, PromptTooLong, Unavailable
+
+MEDIA_TYPE = "application/problem+json"
+
+# code -> status, title; the code is the anchor of the error's line on the /docs page
+PROBLEMS: dict[str, tuple[int, str]] = {
+    "malformed": (400, "The body is not JSON"),
+    "model_not_found": (404, "No such model"),
+    "request_not_found": (404, "No such request"),
+    "not_found": (404, "No such route"),
+    "method_not_allowed": (405, "The route does not take this method"),
+    "too_large": (413, "The body is too large"),
+    "unsupported_media_type": (415, "The body is not in a form that is taken here"),
+    "invalid_request": (422, "A field can't be accepted"),
+    "context_length_exceeded": (422, "The prompt is too long"),
+    "overloaded": (429, "The queue is full"),
+    "internal_error": (500, "Something broke here"),
+    "unavailable": (503, "Not ready to serve"),
+}
+
+
+class HttpRefusal(MillraceError):
+    """Refused for a reason that only exists in HTTP. `headers` go with the response."""
+
+    def __init__(self, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
+        self.code, self.headers = code, headers or {}
+        super().__init__(detail)
+
+
+class InvalidFields(MillraceError):
+    """Several fields that can't be accepted, told together."""
+
+    code = "invalid_request"
+
+    def __init__(self, errors: list[InvalidRequest]) -> None:
+        self.errors = errors
+        super().__init__("; ".join(str(error) for error in errors))
+
+
+def problem(error: MillraceError) -> dict[str, object]:
+    """The problem object: the standard members, `code`, and what a program needs to react."""
+    code = error.code if error.code in PROBLEMS else MillraceError.code
+    status, title = PROBLEMS[code]
+    told: dict[str, object] = {"type": f"/docs#{code}", "title": title, "status": status, "detail": _clean(str(error))}
+    told["code"] = code
+    match error:
+        case InvalidRequest():
+            told["errors"] = [_field(error)]
+        case InvalidFields():
+            told["errors"] = [_field(each) for each in error.errors]
+        case PromptTooLong():
+            told |= {"num_prompt_tokens": error.num_prompt_tokens, "limit": error.limit}
+        case Overloaded():
+            told |= {"num_waiting": error.num_waiting, "retry_after_s": error.retry_after_s}
+    return told
+
+
+def problem_response(error: MillraceError) -> Response:
+    """The problem as a response, with `Retry-After` where trying again makes sense (RFC 9110, section 10.2.3)."""
+    body = problem(error)
+    headers = dict(error.headers) if isinstance(error, HttpRefusal) else {}
+    if isinstance(error, Overloaded | Unavailable):
+        headers["Retry-After"] = str(error.retry_after_s)
+    return Response(orjson.dumps(body), PROBLEMS[str(body["code"])][0], headers, MEDIA_TYPE)
+
+
+def _field(error: InvalidRequest) -> dict[str, str]:
+    return {"field": _clean(error.field), "value": _clean(error.value), "allowed": error.allowed}
+
+
+def _clean(text: str) -> str:
+    """A client may have named a field with half a surrogate pair, which no UTF-8 can carry back."""
+    return text.encode("utf-8", "backslashreplace").decode()

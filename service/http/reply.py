@@ -1,0 +1,92 @@
+"""The shapes of the native dialect: the whole answer, and the events of a stream. Bytes out, nothing decided.
+
+It knows JSON and field names; it knows no HTTP, no queue and no event framing. Another dialect is another class with
+the same three methods. What does not change within a request is encoded once.
+
+A stream has one event for each token and then exactly one terminal event. The terminal event names every choice with
+its `finish_reason` and empty text, and carries `usage` and `timings`; if nothing came to a good end it carries `error`
+as well, a problem object. A choice that ends before the others is simply silent until then.
+"""
+
+from collections.abc import Sequence
+
+import orjson
+
+from model.request import TokenLogprob
+from model.tokenizer import Tokenizer
+from service.errors import MillraceError
+from service.http.generation import Choice, Generation, Piece
+from service.http.intake import Intake
+from service.http.problems import problem
+
+
+class Native:
+    """The dialect of `/generate`, for one request."""
+
+    def __init__(self, intake: Intake, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._with_logprobs = intake.group[0].sampling.num_logprobs is not None
+        self._same = {"id": intake.id, "model": intake.model, "created": intake.created, "seed": intake.seed}
+        self._head = orjson.dumps(self._same)[:-1] + b',"choices":[{"index":'
+
+    def delta(self, piece: Piece) -> bytes:
+        """One event's JSON. This is the hot path: only what the token changes is encoded."""
+        logprobs = orjson.dumps(self._logprobs([piece])) if self._with_logprobs else b"null"
+        return b'%b%d,"text":%b,"token_ids":%b,"logprobs":%b,"finish_reason":null,"stop_reason":null}]}' % (
+            self._head,
+            piece.choice,
+            orjson.dumps(piece.text),
+            b"[]" if piece.token_id is None else b"[%d]" % piece.token_id,
+            logprobs,
+        )
+
+    def terminal(self, generation: Generation) -> bytes:
+        """The last event's JSON."""
+        return self._ended(generation, [[] for _ in generation.choices])
+
+    def whole(self, generation: Generation, pieces: Sequence[Piece]) -> bytes:
+        """The unstreamed answer: what the events of a stream would add up to."""
+        return self._ended(generation, [[p for p in pieces if p.choice == c.index] for c in generation.choices])
+
+    def _ended(self, generation: Generation, pieces: list[list[Piece]]) -> bytes:
+        usage = generation.usage()
+        answer = self._same | {
+            "choices": [self._choice(*pair) for pair in zip(generation.choices, pieces, strict=True)],
+            "usage": {
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+                "total_tokens": usage.total_tokens,
+            },
+            "timings": generation.timings(),
+        }
+        error = generation.error()
+        return orjson.dumps(answer if error is None else answer | {"error": problem(MillraceError(error))})
+
+    def _choice(self, choice: Choice, pieces: list[Piece]) -> dict[str, object]:
+        finish = choice.finish
+        return {
+            "index": choice.index,
+            "text": "".join(piece.text for piece in pieces),
+            "token_ids": [piece.token_id for piece in pieces if piece.token_id is not None],
+            "logprobs": self._logprobs(pieces) if self._with_logprobs else None,
+            "finish_reason": finish.reason.value if finish else None,
+            "stop_reason": finish.stop_reason if finish else None,
+        }
+
+    def _logprobs(self, pieces: list[Piece]) -> dict[str, list[object]]:
+        """In the shape of OpenAI's completions. A number that JSON lacks (-inf) becomes null."""
+        told = [(piece, piece.token_id, piece.logprob) for piece in pieces]
+        known = [(piece, token_id, lp) for piece, token_id, lp in told if token_id is not None and lp is not None]
+        return {
+            "tokens": [self._tokenizer.token_text(token_id) for _, token_id, _ in known],
+            "token_logprobs": [lp.logprob for _, _, lp in known],
+            "top_logprobs": [self._top(token_id, lp) for _, token_id, lp in known],
+            "text_offset": [piece.offset for piece, _, _ in known],
+        }
+
+    def _top(self, token_id: int, logprob: TokenLogprob) -> dict[str, float]:
+        """The likeliest and the drawn one; of tokens that look the same, the likelier."""
+        found: dict[str, float] = {}
+        for top_id, value in (*logprob.top, (token_id, logprob.logprob)):
+            found.setdefault(self._tokenizer.token_text(top_id), value)
+        return found

@@ -1,0 +1,74 @@
+"""Server-sent events: framing, event ids, the end of a stream, and what happens when its reader goes or stalls.
+
+It knows no JSON and no dialect. Lines end in LF, since many clients split on LF LF; a frame is always whole. The id of
+an event is `<request id>:<tokens so far>`, with several choices a count for each: `<id>:12,9`. After the one terminal
+event comes `data: [DONE]`, whatever has happened before.
+"""
+
+import logging
+import math
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+from service.http.generation import Generation
+from service.http.reply import Native
+
+PING_S = 10  # a comment at least this often, so that proxies and half-open connections are noticed
+STUCK_S = 30  # a client that takes nothing for so long is cut
+DONE = b"data: [DONE]\n\n"
+
+logger = logging.getLogger(__name__)
+
+
+async def events(generation: Generation, dialect: Native) -> AsyncGenerator[bytes, None]:
+    """Frames: those of one log entry in one write, then the terminal event and `[DONE]`."""
+    counts = [0] * len(generation.choices)
+    id = generation.intake.id.encode()
+
+    def frame(data: bytes) -> bytes:
+        return b"id: %b:%b\ndata: %b\n\n" % (id, b",".join([b"%d" % count for count in counts]), data)
+
+    try:
+        async with aclosing(generation.pieces()) as batches:
+            async for pieces in batches:
+                frames = []
+                for piece in pieces:
+                    counts[piece.choice] += piece.token_id is not None
+                    frames.append(frame(dialect.delta(piece)))
+                if frames:
+                    yield b"".join(frames)
+    except Exception as error:
+        generation.fail(error)
+    yield frame(dialect.terminal(generation)) + DONE
+
+
+class EventStream(EventSourceResponse):
+    """A generation as a response. However it ends, even before its first byte, the generation is closed.
+
+    sse-starlette would end every stream half a second after SIGTERM, without a last event. An endless grace period
+    turns that off for this response alone: streams end because what they follow ends, and the drain sees to that.
+    """
+
+    def __init__(self, generation: Generation, dialect: Native) -> None:
+        super().__init__(
+            events(generation, dialect),
+            sep="\n",
+            ping=PING_S,
+            ping_message_factory=lambda: ServerSentEvent(comment="waiting", sep="\n"),
+            send_timeout=STUCK_S,
+            shutdown_grace_period=math.inf,
+        )
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream until the end, or until the client has gone. The events may never start, so cleaning up is here."""
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            logger.info("request %s: its client took nothing for %d s", self._generation.intake.id, STUCK_S)
+        finally:
+            await self._generation.close()

@@ -1,0 +1,65 @@
+"""Every setting of the program, read once and frozen: the only reader of the environment.
+
+A setting comes from its command-line flag, else from `MILLRACE_<NAME>`, else from the default here. Unknown names and
+bad values refuse to start. It knows nothing of what the settings are used for.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "MILLRACE_"
+BUNDLED = Path(__file__).parent.parent / "model" / "bundled"
+
+
+class SettingsError(ValueError):
+    """A setting that can't be used, in one line: its name, what it held and what is allowed."""
+
+
+class Settings(BaseSettings):
+    """What an operator can choose. Durations are seconds; None lets the program decide."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    model: Path | None = Field(None, description="model folder; the bundled model if absent")
+    model_name: str | None = Field(None, min_length=1, max_length=200, description="name it is served under")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="number format of the weights")
+    max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output together")
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences computed in one step")
+    cache_gib: float | None = Field(None, gt=0, description="memory for the key-value cache, GiB")
+    max_waiting: int = Field(256, ge=1, description="requests that may wait before new ones are refused")
+    max_waiting_tokens: int = Field(1_000_000, ge=1, description="prompt tokens that may wait")
+    drain_s: float = Field(25.0, ge=0, le=3600, description="how long running requests may finish after SIGTERM")
+    keep_s: float = Field(120.0, ge=0, le=86400, description="how long an ended request's log is kept")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
+    log_json: bool = Field(False, description="log one JSON object a line")
+
+    @classmethod
+    def load(cls, **flags: object) -> "Settings":
+        """The settings, with the given flags over the environment. Raises `SettingsError`."""
+        _refuse_unknown_names()
+        try:
+            return cls(**flags)  # type: ignore[arg-type]  # pydantic checks them
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = str(first["loc"][0])
+            where = f"--{name.replace('_', '-')} or {PREFIX}{name.upper()}"
+            raise SettingsError(f"{where}: got {first['input']!r}: {first['msg']}") from None
+
+
+def _refuse_unknown_names() -> None:
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(known)}"
+            raise SettingsError(f"unknown setting {name} in the environment; {hint}")

@@ -1,0 +1,112 @@
+"""The door itself: loading, watching routes, request ids, HEAD, the page, and exceptions."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from service.http.app import PAGE
+from service.http.problems import PROBLEMS
+from service.http.routes import Backend
+from tests.service.helpers_http import SERVED, Door
+
+
+async def test_before_the_model_is_there_only_health_answers() -> None:
+    door = Door(loaded=False)
+    assert (await door.ask("GET", "/health")).status_code == 200
+    for method, path in (("GET", "/ready"), ("POST", "/generate"), ("GET", "/v1/models")):
+        response = await door.ask(method, path)
+        assert (response.status_code, response.json()["detail"]) == (503, "loading")
+        assert int(response.headers["retry-after"]) > 0
+    door.backend.loaded(SERVED, door.broker)
+    assert (await door.ask("GET", "/ready")).status_code == 200
+    assert (await door.generate()).status_code == 200
+
+
+async def test_a_reason_to_stay_away_closes_the_door_again() -> None:
+    door, reasons = Door(), ["draining"]
+    door.backend._watch = lambda: reasons[0] if reasons else None
+    assert (await door.ask("GET", "/ready")).json()["detail"] == "draining"
+    assert (await door.generate()).status_code == 503
+    reasons.clear()
+    assert (await door.ask("GET", "/ready")).json() == {"status": "ready"}
+
+
+def test_a_backend_is_loading_until_it_is_told_otherwise() -> None:
+    assert Backend(lambda: None).ready() == "loading"
+
+
+async def test_models_are_listed_as_clients_expect() -> None:
+    listed = (await Door().ask("GET", "/v1/models")).json()
+    card = {"id": "tiny", "object": "model", "created": 1_700_000_000, "owned_by": "millrace", "max_model_len": 64}
+    assert listed == {"object": "list", "data": [card]}
+
+
+async def test_metrics_ask_the_queue() -> None:
+    response = await Door().ask("GET", "/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert "millrace_requests_waiting 7.0" in response.text
+    assert "millrace_requests_running 2.0" in response.text
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/docs", "/openapi.json"])
+async def test_head_is_get_without_the_body(path: str) -> None:
+    door = Door()
+    head, get = await door.ask("HEAD", path), await door.ask("GET", path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+@pytest.mark.parametrize(("given", "kept"), [("a.B-c_9", True), ("x" * 65, False), ("a b", False), ("", False)])
+async def test_a_request_id_is_taken_or_made_and_always_returned(given: str, kept: bool) -> None:
+    for path in ("/health", "/nowhere"):
+        told = (await Door().ask("GET", path, headers={"x-request-id": given})).headers["x-request-id"]
+        assert (told == given) is kept
+        assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", told)
+
+
+async def test_what_does_not_exist_is_a_problem_too() -> None:
+    door = Door()
+    missing, wrong = await door.ask("GET", "/generat"), await door.ask("GET", "/generate")
+    assert (missing.status_code, missing.json()["code"]) == (404, "not_found")
+    assert (wrong.status_code, wrong.json()["code"]) == (405, "method_not_allowed")
+    assert wrong.headers["allow"] == "POST"
+    assert missing.headers["content-type"] == "application/problem+json"
+
+
+async def test_an_unknown_model_is_not_found() -> None:
+    response = await Door().generate(model="other")
+    assert (response.status_code, response.json()["code"]) == (404, "model_not_found")
+
+
+async def test_a_bug_is_a_500_without_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    door = Door()
+    door.broker.refusal = RuntimeError("/a/secret/path")
+    response = await door.generate()
+    assert (response.status_code, response.json()["detail"]) == (500, "internal error")
+    assert "x-request-id" in response.headers
+    assert "/a/secret/path" in caplog.text
+
+
+async def test_the_documentation_needs_nobody_else() -> None:
+    door = Door()
+    response = await door.ask("GET", "/docs")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    for url in re.findall(r'(?:src|href)="([^"]+)"', response.text):
+        assert url.startswith("/")
+        assert (await door.ask("GET", url)).status_code == 200
+    assert not re.search(r"https?://(?!localhost)", "".join(path.read_text() for path in PAGE.iterdir()))
+
+
+async def test_openapi_tells_every_field_and_every_problem() -> None:
+    api = (await Door().ask("GET", "/openapi.json")).json()
+    post = api["paths"]["/generate"]["post"]
+    assert "prompt" in post["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    told = " ".join(response["description"] for response in post["responses"].values())
+    assert set(re.findall(r"([a-z_]+): ", told)) >= set(PROBLEMS) - {"not_found", "method_not_allowed"}
+
+
+def test_the_http_half_starts_without_torch() -> None:
+    check = "import sys, service.http.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False, timeout=60).returncode == 0

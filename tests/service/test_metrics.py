@@ -1,0 +1,77 @@
+"""The books, the histograms, and the names."""
+
+import re
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.request import FinishReason
+from service.metrics import Book, Metrics
+
+
+@dataclass(frozen=True)
+class Stats:
+    num_blocks: int = 10
+    num_free_blocks: int = 10
+    preemptions_total: int = 0
+    prompt_tokens_total: int = 0
+    output_tokens_total: int = 0
+    last_rows: int = 0
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"millrace_{name}", labels)
+
+
+@given(st.lists(st.lists(st.sampled_from(list(FinishReason)), max_size=3)))
+def test_the_books_balance_however_often_an_end_is_told(ends: list[list[FinishReason]]) -> None:
+    metrics = Metrics()
+    for outcomes in ends:
+        book = Book(metrics, arrived_s=0)
+        book.begin()
+        for outcome in outcomes:
+            book.end(outcome, now_s=1)
+    ended = sum(value(metrics, "requests_ended_total", outcome=reason.value) or 0 for reason in FinishReason)
+    assert value(metrics, "requests_accepted_total") == len(ends)
+    assert ended == sum(map(bool, ends)) == len(ends) - (value(metrics, "requests_in_flight") or 0)
+
+
+def test_a_sequence_leaves_its_durations() -> None:
+    metrics = Metrics()
+    book = Book(metrics, arrived_s=10)
+    book.begin()
+    book.tokens(1, now_s=12)
+    book.tokens(4, now_s=14)
+    book.end(FinishReason.STOP, now_s=15, queue_s=0.5)
+    assert book.ttft_s == value(metrics, "time_to_first_token_seconds_sum") == 2
+    assert value(metrics, "inter_token_seconds_count") == 4
+    assert value(metrics, "inter_token_seconds_sum") == 2
+    assert (value(metrics, "request_seconds_sum"), value(metrics, "queue_seconds_sum")) == (5, 0.5)
+
+
+def test_steps_add_what_the_engine_counted_since_the_last_one() -> None:
+    metrics = Metrics()
+    metrics.on_step(Stats(num_free_blocks=4, prompt_tokens_total=7, output_tokens_total=1, last_rows=8), 0.01)
+    metrics.on_step(Stats(num_free_blocks=5, prompt_tokens_total=7, output_tokens_total=3, preemptions_total=1), 0.01)
+    assert (value(metrics, "prompt_tokens_total"), value(metrics, "generated_tokens_total")) == (7, 3)
+    assert (value(metrics, "preemptions_total"), value(metrics, "cache_use_ratio")) == (1, 0.5)
+    assert (value(metrics, "step_seconds_count"), value(metrics, "step_tokens_sum")) == (2, 8)
+
+
+def test_two_registries_do_not_meet() -> None:
+    one, other = Metrics(), Metrics()
+    one.refused("overloaded")
+    assert value(other, "requests_refused_total", reason="overloaded") is None
+
+
+def test_names_and_helps_are_as_prometheus_wants_them() -> None:
+    text = Metrics("1.2").exposition().decode()
+    kinds = dict(re.findall(r"# TYPE (\S+) (\S+)", text))
+    helps = dict(re.findall(r"# HELP (\S+) (.+)", text))
+    assert 'millrace_build_info{version="1.2"} 1.0' in text
+    for name, kind in kinds.items():
+        assert re.fullmatch(r"millrace_[a-z_]+", name)
+        assert helps[name]
+        assert (kind == "counter") == name.endswith("_total")
+        assert kind != "histogram" or name.endswith(("_seconds", "_tokens"))
