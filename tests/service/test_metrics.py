@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.request import FinishReason
@@ -24,6 +24,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(f"millrace_{name}", labels)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.sampled_from(list(FinishReason)), max_size=3)))
 def test_the_books_balance_however_often_an_end_is_told(ends: list[list[FinishReason]]) -> None:
     metrics = Metrics()
