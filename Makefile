@@ -5,15 +5,18 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 MODEL  ?=
 ARGS   ?=
+USERS  ?= 16
+TIME   ?= 30s
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test check bench clean
+.PHONY: help serve test bench load clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
 	@echo "make test    every check: ruff, mypy, pytest"
 	@echo "make bench   tokens/s of the bare engine against HTTP streaming, at 1, 8 and 32 streams"
+	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
 	@echo "make clean   remove the virtual environment and caches"
 
 $(VENV)/serve.stamp: pyproject.toml constraints.txt deploy/setup.sh
@@ -35,6 +38,9 @@ test: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.bench $(ARGS)
+
+load: $(VENV)/dev.stamp
+	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)
 
 clean:
 	rm -rf "$(VENV)" .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
