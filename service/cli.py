@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from model.chat_template import ChatTemplateError
 from model.config import CheckpointError, EngineConfigError
 from model.training.options import OptionError, add_arguments
 from service.errors import MillraceError
 from service.settings import SettingsError
 
 STARTUP_FAILED = 3
+REFUSALS = (ChatTemplateError, CheckpointError, EngineConfigError, OptionError, SettingsError, MillraceError)
 
 EPILOG = """examples:
   millrace serve                                   the bundled model on http://127.0.0.1:8000
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether an error was raised on purpose, for a person to read; anything else keeps its traceback."""
-    return isinstance(error, CheckpointError | EngineConfigError | OptionError | SettingsError | MillraceError)
+    return isinstance(error, REFUSALS)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:

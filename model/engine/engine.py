@@ -4,10 +4,11 @@ It ties the scheduler (who), the runner (what) and the stop strings (until when)
 service types; the same object serves HTTP and five lines of library code:
 
     engine = Engine.load("model/bundled")
-    engine.add(Request("a", tuple(engine.tokenizer.encode("Once upon a time")), SamplingParams(max_tokens=40)))
+    prompt_ids = tuple(engine.tokenizer.encode("Once upon a time"))
+    engine.add(Request("a", prompt_ids, SamplingParams(max_tokens=40, seed=7)))
+    text = engine.tokenizer.detokenizer(prompt_ids)
     while engine.has_work():
-        for delta in engine.step():
-            print(engine.tokenizer.decode(delta.token_ids), end="", flush=True)
+        print("".join(text.push(id) for delta in engine.step() for id in delta.token_ids), end="", flush=True)
 """
 
 from collections.abc import Sequence as Seq
