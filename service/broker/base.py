@@ -3,13 +3,16 @@
 A request is submitted once, waits, is claimed by a worker, and collects a log of entries; the log of ids is the truth
 and everything a client sees follows from it and from the stored request. What every broker promises:
 
-- `submit` admits a whole group (the choices of one client request) or none of it, by number and by tokens.
+- `submit` admits a whole group (the choices of one client request) or none of it, by number and by tokens. An empty
+  queue takes any group, so that one larger than the limits is served too. Claims go by priority, then arrival.
 - An entry says where its ids start. Entries of a request are contiguous, never repeated, never reordered.
 - Exactly one entry of a request has a `finish`, and it is the last. A queued request that is cancelled or out of time
-  ends at once; a running one ends at its worker's next `commit`, whose verdict tells the worker to drop it.
+  ends at once; a running one ends at its worker's next `commit`, whose verdict tells the worker to drop it. The first
+  reason counts: what that commit brings for the request, its end included, comes too late and is not written.
 - `follow` may be called by several readers, at any time until the log expires, from any position. A reader going away
   changes nothing: who wants to stop the work calls `cancel`.
-- A worker that no longer holds a request gets FENCED for it and its ids are not written.
+- A worker that no longer holds a request, or whose ids do not continue the log, gets FENCED for it and its ids are
+  not written; the request goes on elsewhere.
 - All of it is scoped by tenant: another tenant's id is an id that does not exist.
 """
 
@@ -77,7 +80,8 @@ class RequestSide(Protocol):
         ...
 
     def follow(self, id: str, tenant: str, after: int = 0) -> AsyncIterator[Entry]:
-        """Entries from output position `after` on, live, ending with the terminal one. Raises `RequestNotFound`."""
+        """Entries from output position `after` on, live, ending with the terminal one. Raises `RequestNotFound`
+        where the first entry would be."""
         ...
 
     async def cancel(self, id: str, tenant: str) -> None:

@@ -1,0 +1,70 @@
+"""What is written can be read again exactly, and what can't be read is refused."""
+
+from types import GenericAlias
+from typing import Any, get_type_hints
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.request import Delta, Finish, FinishReason, Request, SamplingParams, TextOptions, TokenLogprob
+from service.broker.base import Entry
+from service.broker.codec import VERSION, CodecError, decode_entry, decode_request, encode_entry, encode_request
+
+INTS = st.integers(-(2**63), 2**63 - 1)
+FLOATS = st.floats(allow_nan=False)
+TEXT = st.text(max_size=20)
+
+
+def every_field_of(cls: type, strategies: dict[Any, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    """Values with every field drawn, by its type: a new field is covered, or fails here."""
+    return st.builds(cls, **{name: strategies[hint] for name, hint in get_type_hints(cls).items()})
+
+
+def strategies() -> dict[Any, st.SearchStrategy[Any]]:
+    simple: dict[Any, st.SearchStrategy[Any]] = {int: INTS, float: FLOATS, str: TEXT, bool: st.booleans()}
+    known = simple | {hint | None: st.none() | drawn for hint, drawn in simple.items()}
+    known |= {str | int | None: st.none() | TEXT | INTS, FinishReason: st.sampled_from(FinishReason)}
+    known |= {
+        GenericAlias(tuple, (hint, ...)): st.lists(drawn, max_size=4).map(tuple) for hint, drawn in simple.items()
+    }
+    known[tuple[tuple[int, float], ...]] = st.lists(st.tuples(INTS, FLOATS), max_size=3).map(tuple)
+    for cls in (SamplingParams, TextOptions, TokenLogprob, Finish):
+        known[cls] = every_field_of(cls, known)
+    known[Finish | None] = st.none() | known[Finish]
+    known[tuple[TokenLogprob, ...]] = st.lists(known[TokenLogprob], max_size=3).map(tuple)
+    return known
+
+
+@given(every_field_of(Request, strategies()))
+def test_a_request_comes_back_as_it_was(request_: Request) -> None:
+    assert decode_request(encode_request(request_)) == request_
+
+
+@given(every_field_of(Delta, strategies()), st.none() | FLOATS)
+def test_a_delta_becomes_an_entry_with_all_it_said(delta: Delta, queue_s: float | None) -> None:
+    entry = decode_entry(encode_entry(delta, queue_s))
+    assert entry == Entry(delta.start, delta.token_ids, delta.logprobs, delta.finish, queue_s)
+    assert entry.finish is None or type(entry.finish.reason) is FinishReason
+
+
+@given(st.binary(max_size=40))
+def test_bytes_of_others_are_refused(raw: bytes) -> None:
+    for decode in (decode_request, decode_entry):
+        with pytest.raises(CodecError):
+            decode(raw)
+
+
+def test_another_version_and_an_unknown_field_are_refused_by_name() -> None:
+    version, body = msgpack.unpackb(encode_request(Request("a", (1,))))
+    with pytest.raises(CodecError, match=f"version {VERSION + 1}"):
+        decode_request(msgpack.packb((VERSION + 1, body)))
+    with pytest.raises(CodecError, match="colour"):
+        decode_request(msgpack.packb((version, body | {"colour": 1})))
+
+
+def test_a_field_that_an_older_program_did_not_write_takes_its_default() -> None:
+    version, body = msgpack.unpackb(encode_request(Request("a", (1,), priority=3)))
+    del body["priority"]
+    assert decode_request(msgpack.packb((version, body))) == Request("a", (1,), priority=0)
