@@ -1,0 +1,11 @@
+"""`python -m model.training`: the trainer alone."""
+
+import argparse
+import sys
+
+from model.training.options import add_arguments, from_arguments
+from model.training.trainer import train
+
+parser = argparse.ArgumentParser(prog="python -m model.training", description="Train a decoder from text files.")
+add_arguments(parser)
+train(from_arguments(parser.parse_args()), lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201

@@ -1,0 +1,68 @@
+"""A trained network -> an ordinary Hugging Face folder, which `weights.py` and other programs read."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from model.families.registry import FAMILIES
+from model.nn.decoder import Decoder, as_dtype
+from model.training.checkpoint import save_tensors
+from model.training.data import END
+
+# What was trained on plain text knows no roles, so a conversation is told as prose. A wish is spoken by a child and
+# the answer is the story; anything else is the beginning of the story, and the answer goes on in the same paragraph.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- set began = namespace(here=false) -%}
+{%- for message in messages -%}
+{%- set parts = message.content or "" -%}
+{%- set text = (parts if parts is string else parts | map(attribute="text") | join(" ")) | trim -%}
+{%- set first = (text | lower).split(" ")[0] -%}
+{%- if message.role == "user" -%}
+{%- if text.endswith("?") or first in ["tell", "write", "please", "give", "make", "hi", "hello", "continue"] -%}
+{{- '"' + text | replace('"', "'") + '" said the child.\\n\\n' -}}
+{{- '"Very well," said the old man, and he told this story.\\n\\n' -}}
+{%- else -%}
+{%- set began.here = true -%}
+{{- text -}}
+{%- endif -%}
+{%- elif message.role == "assistant" -%}
+{%- if began.here and text[:1].isalnum() %} {% endif -%}
+{%- set began.here = false -%}
+{{- text + "\\n\\n" -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.05}
+"""What suits small networks: the tail of improbable words cut, few loops."""
+
+
+def export(decoder: Decoder, tokenizer: Tokenizer, dtype: str, folder: Path) -> None:
+    """Write config.json, model.safetensors (weights as `dtype`), the tokenizer's files and generation_config.json."""
+    family, config = FAMILIES[decoder.config.family], decoder.config
+    parameters, tensors = dict(decoder.named_parameters()), dict[str, Tensor]()
+    for rule in family.rules(config):
+        for name, part in zip(rule.theirs, torch.split(parameters[rule.ours], list(rule.sizes)), strict=True):
+            tensors[name] = (part.T if rule.transpose else part).to(as_dtype(dtype))
+    end = tokenizer.token_to_id(END)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END,
+        "eos_token": END,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.max_position,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write(folder / "config.json", family.write_config(config))
+    _write(folder / "tokenizer_config.json", settings)
+    _write(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, **SAMPLING})
+
+
+def _write(file: Path, values: dict[str, object]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

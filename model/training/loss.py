@@ -1,0 +1,65 @@
+"""The training loss: cross-entropy of the next token, in chunks of rows so that logits never fill the memory."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.nn.attention import DenseAttention
+from model.nn.decoder import Decoder
+
+CHUNK = 1024
+"""Rows whose logits exist at the same time."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy. Gradients are made in the forward pass, chunk by chunk, while the logits are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        total = torch.zeros((), device=hidden.device)
+        for first in range(0, len(targets), CHUNK):
+            h, at = hidden[first : first + CHUNK], targets[first : first + CHUNK, None]
+            logits = F.linear(h, weight).float()
+            log_z = logits.logsumexp(-1, keepdim=True)
+            total += (log_z - logits.gather(1, at)).sum()
+            if wanted:
+                slope = logits.sub_(log_z).exp_().scatter_add_(1, at, logits.new_full(at.shape, -1.0))
+                slope = (slope / len(targets)).to(h.dtype)
+                grad_hidden[first : first + CHUNK] = slope @ weight
+                grad_weight += slope.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total / len(targets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad * grad_hidden, grad * grad_weight, None
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean nats per row of `targets` [n] under logits hidden [n, size] @ weight [vocab, size].T, a float32 scalar."""
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def next_token_loss(
+    decoder: Decoder, inputs: Tensor, targets: Tensor, dropout: float = 0.0, body: nn.Module | None = None
+) -> Tensor:
+    """Mean nats per token of `targets` [b, t] after `inputs` [b, t]; `dropout` is attention's. `body` computes the
+    hidden rows in the decoder's stead: its compiled twin."""
+    b, t = inputs.shape
+    positions = torch.arange(t, device=inputs.device).repeat(b)
+    network = decoder if body is None else body
+    hidden = network(inputs.reshape(-1), positions, DenseAttention(decoder.config, b, t, dropout))
+    weight = decoder.embed.weight if decoder.head is None else decoder.head.weight
+    return cross_entropy(hidden, weight, targets.reshape(-1))
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """All nats spent on a text -> bits for each of its bytes, which compares models with different tokenizers."""
+    return nats / math.log(2) / num_bytes

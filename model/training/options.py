@@ -1,0 +1,143 @@
+"""What a training run is told: `TrainConfig`, and the command-line arguments that fill it. No torch: the command line
+imports this to print its help."""
+
+import argparse
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+
+Switches = dict[str, Any]
+
+FAMILIES: dict[str, Switches] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True, "norm_eps": 1e-6},
+    "qwen3": {"qk_norm": True, "norm_eps": 1e-6},
+    "gpt2": {
+        "norm": "layernorm",
+        "position": "learned",
+        "activation": "gelu_tanh",
+        "gated_mlp": False,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+    },
+}
+"""How each family's network differs from the plain one (`ModelConfig`'s defaults)."""
+
+
+class OptionError(ValueError):
+    """Arguments that contradict each other, or data that can't be used: one line naming them."""
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A TrainConfig field with what its command-line argument needs."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """One run: everything that decides its loss curve, and where it is kept. Raises OptionError for what can't be."""
+
+    data: Path = field(metadata={"help": "a .txt or .txt.xz file, or a folder of them (valid* is for validation)"})
+    out: Path = field(metadata={"help": "folder for the model; the run's own files go to its run/"})
+    family: str = option("llama", "architecture", tuple(FAMILIES))
+    vocab_size: int = option(4096, "tokens of the byte-level BPE tokenizer, 257 to 65536")
+    hidden_size: int = option(256, "width")
+    num_layers: int = option(6, "depth")
+    num_heads: int = option(4, "attention heads")
+    num_kv_heads: int = option(0, "key and value heads; 0 = as many as heads")
+    head_dim: int = option(0, "size of a head; 0 = width / heads")
+    intermediate_size: int = option(0, "width of the MLP; 0 = 3 x width when gated, else 4 x")
+    window: int = option(0, "sliding attention window in tokens (mistral only); 0 = none")
+    untied: bool = option(False, "give the head its own weights")
+    context: int = option(1024, "longest sequence the model is trained for, in tokens")
+    short_context: int = option(0, "sequence length of the first part of the run; 0 = context")
+    short_fraction: float = option(0.8, "part of the steps done with --short-context")
+    steps: int = option(2000, "optimiser steps; another number on resuming stretches or shortens the schedule")
+    batch_tokens: int = option(8192, "tokens of one optimiser step")
+    micro_tokens: int = option(0, "tokens computed at once, the rest is accumulated; 0 = all")
+    optimizer: str = option("adamw", "for the layers' matrices; the rest is always AdamW's", ("adamw", "muon"))
+    workers: int = option(1, "threads that each compute a part of the batch (CPU, without dropout)")
+    lr: float = option(2e-3, "peak learning rate")
+    warmup: int = option(100, "steps until the peak")
+    final_lr: float = option(0.1, "learning rate at the end, as a part of the peak")
+    weight_decay: float = option(0.1, "on matrices only")
+    clip: float = option(1.0, "largest norm of the gradient")
+    dropout: float = option(0.0, "probability")
+    seed: int = option(1, "of weights, data order and dropout")
+    valid_fraction: float = option(0.01, "part held out when the data brings no valid* file")
+    eval_every: int = option(250, "steps between validations and samples")
+    eval_tokens: int = option(32768, "validation tokens looked at on the way; the end looks at all")
+    report_every: int = option(10, "steps between lines of progress")
+    save_every: int = option(100, "steps between checkpoints")
+    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
+    autocast: str = option("auto", "bfloat16 products; auto: on CUDA only", ("auto", "on", "off"))
+    compile: bool = option(False, "use torch.compile")
+    dtype: str = option("bfloat16", "of the exported weights", ("float32", "bfloat16", "float16"))
+
+    def __post_init__(self) -> None:
+        kv_heads, short = self.num_kv_heads or self.num_heads, self.short_context or self.context
+        unfit = {
+            f"--vocab-size {self.vocab_size}: outside 257 to 65536": not 257 <= self.vocab_size <= 65536,
+            f"--num-kv-heads {kv_heads}: no divisor of --num-heads {self.num_heads}": self.num_heads % kv_heads > 0,
+            f"--num-kv-heads {kv_heads}: gpt2 has as many as heads": self.family == "gpt2"
+            and kv_heads != self.num_heads,
+            f"--window {self.window}: only mistral has one": self.window > 0 and self.family != "mistral",
+            f"--short-context {short}: no divisor of --context {self.context}": self.context % short > 0,
+            f"--batch-tokens {self.batch_tokens}: no multiple of --context {self.context}": self.batch_tokens
+            % self.context
+            > 0,
+            f"--workers {self.workers} with --dropout: the order of its draws would vary": self.workers > 1
+            and self.dropout > 0,
+        }
+        for message, wrong in unfit.items():
+            if wrong:
+                raise OptionError(message)
+
+    def network(self, vocab_size: int) -> ModelConfig:
+        """The network asked for, over as many tokens as the tokenizer has."""
+        switches = FAMILIES[self.family]
+        inner = self.hidden_size * (3 if switches.get("gated_mlp", True) else 4)
+        return ModelConfig(
+            family=self.family,
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_heads,
+            intermediate_size=self.intermediate_size or inner,
+            max_position=self.context,
+            tied_head=not self.untied,
+            windows=(self.window,) * self.num_layers if self.window else (),
+            bos_id=0,
+            eos_ids=(0,),
+            dtype=self.dtype,
+            **switches,
+        )
+
+    def length(self, step: int) -> int:
+        """Tokens of each sequence of a step."""
+        return self.short_context if self.short_context and step < self.short_fraction * self.steps else self.context
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every field of TrainConfig as `--field-name`."""
+    for item in fields(TrainConfig):
+        name, kind = "--" + item.name.replace("_", "-"), type(item.default)
+        if item.default is MISSING:
+            parser.add_argument(name, type=Path, required=True, help=item.metadata["help"])
+        elif kind is bool:
+            parser.add_argument(name, action="store_true", help=item.metadata["help"])
+        else:
+            text = item.metadata["help"] + " (%(default)s)"
+            choices = item.metadata["choices"]
+            parser.add_argument(name, type=kind, default=item.default, choices=choices, help=text)
+
+
+def from_arguments(namespace: argparse.Namespace) -> TrainConfig:
+    """The parsed arguments as a TrainConfig."""
+    return TrainConfig(**{item.name: getattr(namespace, item.name) for item in fields(TrainConfig)})
