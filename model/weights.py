@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model.config import CheckpointError, ModelConfig
 from model.families.base import Family, Rule
@@ -53,29 +55,35 @@ def load_decoder(folder: Path, config: ModelConfig, dtype: torch.dtype, device: 
     family = FAMILIES[config.family]
     source, entries = _stored(folder)
     stored = _without_prefix(entries, family.prefix)
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
     rules = family.rules(config)
     _check_names(source, stored, rules, family, config)
     for rule in rules:
-        _check_entries(rule, shapes[rule.ours], [stored[name.removeprefix(family.prefix)] for name in rule.theirs])
-
+        _check_entries(rule, [stored[name.removeprefix(family.prefix)] for name in rule.theirs])
+    with torch.device("meta"), _Unfilled():
+        decoder = Decoder(config)
+    state = {}
     with _Reader() as reader:
-        state = {}
         for rule in rules:
             parts = [reader.read(stored[name.removeprefix(family.prefix)]) for name in rule.theirs]
             # Always a copy: a parameter must not live in a mapped file that somebody may replace or cut.
             whole = torch.cat([part.t() if rule.transpose else part for part in parts]).contiguous()
             state[rule.ours] = whole.to(device, dtype)
             if dtype == torch.float16 and not state[rule.ours].isfinite().all():
-                largest = f"{whole.abs().max():g}"
-                raise CheckpointError(
-                    f"{source}: {rule.theirs} up to {largest}, expected float16's range: at most 65504"
-                )
+                found = f"{rule.theirs[0]!r} up to {whole.abs().max():g}"
+                raise CheckpointError(f"{source}: tensor {found}, expected at most 65504 for float16")
         _check_tied(reader, stored, family, config)
     decoder.load_state_dict(state, assign=True)
     return decoder.to(device).eval().requires_grad_(False)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Turns torch's initialisers into nothing: on the meta device they do nothing either, but their first use imports
+    a second's worth of modules."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 class _Reader(ExitStack):
@@ -94,10 +102,8 @@ class _Reader(ExitStack):
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{entry}: can't be read ({error})") from error
         if not tensor.isfinite().all():
-            bad = tensor.numel() - int(tensor.isfinite().sum())
-            raise CheckpointError(
-                f"{entry}: {bad} of {tensor.numel()} numbers are NaN or infinite, expected finite ones"
-            )
+            found = f"{tensor.numel() - int(tensor.isfinite().sum())} of {tensor.numel()} numbers are NaN or infinite"
+            raise CheckpointError(f"{entry}: {found}, expected finite ones")
         return tensor
 
 
@@ -215,12 +221,11 @@ def _check_names(
         raise CheckpointError(f"{extra[0]}{more} found, expected by nothing in config.json ({family.name})")
 
 
-def _check_entries(rule: Rule, shape: tuple[int, ...], entries: list[Entry]) -> None:
-    """The tensors of one rule have the shapes that together make the parameter's."""
-    for rows, entry in zip(rule.sizes, entries, strict=True):
-        expected = (rows, *shape[1:])[:: -1 if rule.transpose else 1]
-        if entry.shape != expected:
-            raise CheckpointError(f"{entry}: shape {list(entry.shape)}, expected {list(expected)}")
+def _check_entries(rule: Rule, entries: list[Entry]) -> None:
+    """The tensors of one rule have its shapes and a dtype of ours."""
+    for shape, entry in zip(rule.shapes(), entries, strict=True):
+        if entry.shape != shape:
+            raise CheckpointError(f"{entry}: shape {list(entry.shape)}, expected {list(shape)}")
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{entry}: dtype {entry.dtype}, expected one of {', '.join(FLOATS)}")
 

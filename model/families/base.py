@@ -21,6 +21,9 @@ ACTIVATIONS: Mapping[str, Any] = {
 }
 DTYPES: Mapping[str, str] = {name: name for name in ("float32", "bfloat16", "float16")}
 ROPE_KINDS: Mapping[str, Literal["linear", "llama3"] | None] = {"default": None, "linear": "linear", "llama3": "llama3"}
+# Beyond any checkpoint, and small enough that a mistyped config ends in a message, not in a full memory.
+LARGEST_SIZE = 2**24
+LIMITS: Mapping[str, int] = {"num_layers": 10_000}
 IS_SLIDING: Mapping[str, bool] = {"full_attention": False, "sliding_attention": True}
 
 
@@ -33,6 +36,13 @@ class Rule:
     theirs: tuple[str, ...]
     sizes: tuple[int, ...]
     transpose: bool = False
+    width: int | None = None  # numbers in a row; None for a vector
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes that the checkpoint's tensors must have."""
+        if self.width is None:
+            return tuple((rows,) for rows in self.sizes)
+        return tuple((self.width, rows) if self.transpose else (rows, self.width) for rows in self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +114,7 @@ class Family:
         keys = self.keys
 
         def size(name: str, default: int | None = None) -> int:
-            return found.integer(keys[name], default)
+            return found.integer(keys[name], default, most=LIMITS.get(name, LARGEST_SIZE))
 
         hidden, heads = size("hidden_size"), size("num_heads")
         sizes = {name: size(name) for name in ("vocab_size", "num_layers", "max_position")}
@@ -123,37 +133,37 @@ class Family:
         return {**sizes, "hidden_size": hidden, "num_heads": heads}
 
     def _rules(self, config: ModelConfig) -> Iterator[Rule]:
-        for ours, sizes, bias in _modules(config):
+        for ours, sizes, width, bias in _modules(config):
             layer = ours.split(".")[1] if ours.startswith("layers.") else ""
             pattern = ours.replace(f".{layer}.", ".*.", 1) if layer else ours
             theirs = tuple(name.replace("*", layer) for name in self.names[pattern])
             sizes = sizes if len(theirs) == len(sizes) else (sum(sizes),)
             transpose = pattern in self.transposed
-            yield Rule(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), sizes, transpose)
+            yield Rule(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), sizes, transpose, width)
             if bias:
                 yield Rule(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), sizes)
 
 
-def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """The decoder's modules with parameters: name, rows of the parts it is made of, whether it has a bias."""
-    hidden, inner, bias = (config.hidden_size,), (config.intermediate_size,), config.norm == "layernorm"
-    heads, kv, head = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, (config.head_dim,)
-    yield "embed", (config.vocab_size,), False
+def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int | None, bool]]:
+    """The decoder's modules with parameters: name, rows of the parts it is made of, their width, is there a bias."""
+    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.norm == "layernorm"
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield "embed", (config.vocab_size,), hidden, False
     if config.position == "learned":
-        yield "positions", (config.max_position,), False
+        yield "positions", (config.max_position,), hidden, False
     for i in range(config.num_layers):
-        yield f"layers.{i}.attn_norm", hidden, bias
-        yield f"layers.{i}.attn.qkv", (heads, kv, kv), config.qkv_bias
+        yield f"layers.{i}.attn_norm", (hidden,), None, bias
+        yield f"layers.{i}.attn.qkv", (heads, kv, kv), hidden, config.qkv_bias
         if config.qk_norm:
-            yield f"layers.{i}.attn.q_norm", head, False
-            yield f"layers.{i}.attn.k_norm", head, False
-        yield f"layers.{i}.attn.out", hidden, config.out_bias
-        yield f"layers.{i}.mlp_norm", hidden, bias
-        yield f"layers.{i}.mlp.up", inner * (2 if config.gated_mlp else 1), config.mlp_bias
-        yield f"layers.{i}.mlp.down", hidden, config.mlp_bias
-    yield "norm", hidden, bias
+            yield f"layers.{i}.attn.q_norm", (config.head_dim,), None, False
+            yield f"layers.{i}.attn.k_norm", (config.head_dim,), None, False
+        yield f"layers.{i}.attn.out", (hidden,), heads, config.out_bias
+        yield f"layers.{i}.mlp_norm", (hidden,), None, bias
+        yield f"layers.{i}.mlp.up", (inner,) * (2 if config.gated_mlp else 1), hidden, config.mlp_bias
+        yield f"layers.{i}.mlp.down", (hidden,), inner, config.mlp_bias
+    yield "norm", (hidden,), None, bias
     if not config.tied_head:
-        yield "head", (config.vocab_size,), False
+        yield "head", (config.vocab_size,), hidden, False
 
 
 def _read_rope(found: Fields, max_position: int) -> Rope:
@@ -166,18 +176,22 @@ def _read_rope(found: Fields, max_position: int) -> Rope:
     for each in (found, block):
         if each.number("partial_rotary_factor", 1.0) != 1.0:
             each.fail("partial_rotary_factor", "1.0 (nothing else is supported)")
-    theta = next((each.number("rope_theta") for each in (block, today, found) if each.has("rope_theta")), 10_000.0)
+    theta = next(
+        (each.number("rope_theta", least=1) for each in (block, today, found) if each.has("rope_theta")), 10_000.0
+    )
     named = next((key for key in ("rope_type", "type") if block.has(key)), None)
     kind = block.word(named, ROPE_KINDS) if named else None
     if kind is None:
         return Rope(theta)
     if kind == "linear":
-        return Rope(theta, RopeScaling(kind, block.number("factor")))
+        return Rope(theta, RopeScaling(kind, block.number("factor", least=1)))
     low = block.number("low_freq_factor")
     if block.number("high_freq_factor") <= low:
         block.fail("high_freq_factor", f"more than low_freq_factor, {low}")
     original = block.integer("original_max_position_embeddings", max_position)
-    return Rope(theta, RopeScaling(kind, block.number("factor"), low, block.number("high_freq_factor"), original))
+    return Rope(
+        theta, RopeScaling(kind, block.number("factor", least=1), low, block.number("high_freq_factor"), original)
+    )
 
 
 def _write_rope(rope: Rope) -> dict[str, object]:
@@ -204,7 +218,7 @@ def _read_windows(found: Fields, sliding: str, num_layers: int) -> tuple[int | N
         if any(kinds) and size is None:
             found.fail("sliding_window", "a whole number with use_sliding_window true, as layer_types asks for windows")
     else:
-        first = found.integer("max_window_layers", minimum=0) if sliding == "some" else 0
+        first = found.integer("max_window_layers", least=0) if sliding == "some" else 0
         kinds = tuple(i >= first for i in range(num_layers))
     windows = tuple(size if kind else None for kind in kinds)
     return windows if any(windows) else ()

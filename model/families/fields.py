@@ -11,6 +11,7 @@ from model.config import CheckpointError
 
 T = TypeVar("T")
 ABOVE_0 = math.ulp(0.0)
+LARGEST_INT = 2**63 - 1
 LARGEST = sys.float_info.max
 
 
@@ -46,11 +47,13 @@ class Fields:
     def has(self, key: str) -> bool:
         return self.raw.get(key) is not None
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`; with no default the key is required."""
+    def integer(self, key: str, default: int | None = None, least: int = 1, most: int = LARGEST_INT) -> int:
+        """A whole number from `least` to `most`; with no default the key is required."""
         value = self.raw.get(key) if self.has(key) else default
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            self.fail(key, f"a whole number of at least {minimum}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            self.fail(
+                key, f"a whole number of at least {least}" + ("" if most == LARGEST_INT else f" and at most {most}")
+            )
         return value
 
     def number(self, key: str, default: float | None = None, least: float = ABOVE_0, most: float = LARGEST) -> float:

@@ -40,7 +40,7 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
     found, neutral = _generation_fields(folder), GenerationDefaults()
     return GenerationDefaults(
         temperature=found.number("temperature", neutral.temperature, least=0),
-        top_k=found.integer("top_k", neutral.top_k, minimum=0),
+        top_k=found.integer("top_k", neutral.top_k, least=0),
         top_p=found.number("top_p", neutral.top_p, most=1),
         min_p=found.number("min_p", neutral.min_p, least=0, most=1),
         repetition_penalty=found.number("repetition_penalty", neutral.repetition_penalty),

@@ -172,12 +172,14 @@ GPT2_LIKE = replace(
 WINDOWED = replace(LLAMA_LIKE, windows=(40, None), num_kv_heads=1, qk_norm=True)
 
 
+# With two threads only the counts at which products change their path: the machine may be busy, and threads wait.
+ONE_LAYER = replace(LLAMA_LIKE, num_layers=1)
 FEW = (*range(2, 14), 17, 33, 64)
 
 
 @pytest.mark.parametrize(
     ("config", "threads", "row_counts"),
-    [(LLAMA_LIKE, 1, range(2, 65)), (GPT2_LIKE, 1, range(2, 65)), (WINDOWED, 1, range(2, 65)), (LLAMA_LIKE, 2, FEW)],
+    [(LLAMA_LIKE, 1, range(2, 65)), (GPT2_LIKE, 1, range(2, 65)), (WINDOWED, 1, range(2, 65)), (ONE_LAYER, 2, FEW)],
     ids=["llama", "gpt2", "windowed", "llama-2-threads"],
 )
 def test_rows_do_not_depend_on_batch_mates_or_chunks(
@@ -191,7 +193,7 @@ def test_rows_do_not_depend_on_batch_mates_or_chunks(
     draw = torch.Generator().manual_seed(3)
     ids, *others = [torch.randint(300, (180,), generator=draw).tolist() for _ in range(4)]
     start = 160 - len(row_counts)
-    alone = in_chunks(decoder, ids[:160], [1] if threads == 1 else [start - 40, 1])
+    alone = in_chunks(decoder, ids[:160], [1] if threads == 1 else [start - 4, 1])
     assert torch.equal(in_chunks(decoder, ids[:160], [160]), alone)
     assert torch.equal(in_chunks(decoder, ids[:160], [1, 9, 64, 3, 17]), alone)
 
