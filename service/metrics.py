@@ -79,8 +79,9 @@ class Metrics:
             counter.inc(total - before)
         self._told = now
         self._cache_use.set(1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0)
-        self._step.observe(step_s)
-        self._step_tokens.observe(stats.last_rows)
+        if stats.last_rows:  # else it only took in requests or departures
+            self._step.observe(step_s)
+            self._step_tokens.observe(stats.last_rows)
 
     def on_load(self, num_waiting: int, num_running: int) -> None:
         """What the broker says of its queue, asked at every scrape."""

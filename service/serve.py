@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -135,14 +135,11 @@ class House:
         if not working.done():
             logger.info("draining: running requests may end within %.0f s", self.settings.drain_s)
             await self.worker.drain(self.settings.drain_s)
-        failed = False
-        with suppress(asyncio.CancelledError):
-            try:
-                await working
-            except EngineFailed:
-                failed = True
-        await self.broker.end_all(FAILED if failed else SHUTTING_DOWN)
-        return not failed
+        [failure] = await asyncio.gather(working, return_exceptions=True)
+        if failure is not None and not isinstance(failure, EngineFailed):  # that one was logged where it happened
+            logger.error("the worker failed", exc_info=failure)
+        await self.broker.end_all(FAILED if failure else SHUTTING_DOWN)
+        return failure is None
 
     def _load(self) -> Engine:
         settings = self.settings

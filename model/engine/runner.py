@@ -15,8 +15,9 @@ from model.config import EngineConfig
 from model.engine.scheduler import Chunk, StepPlan
 from model.engine.sequence import Sequence
 from model.nn.attention import PagedAttention
-from model.nn.batch import TILE, AttentionGroup, ForwardBatch, pad_rows, row_multiple
+from model.nn.batch import TILE, AttentionGroup, ForwardBatch, pad_rows
 from model.nn.decoder import Decoder, as_dtype
+from model.nn.rows import attention_rows, linear_rows
 from model.request import TokenLogprob
 from model.sampling.sampler import Row, sample
 
@@ -41,6 +42,10 @@ class Runner:
         self.device = torch.device(config.device)
         dtype = as_dtype(config.dtype)
         self.store = PagedStore(decoder.config, config.num_blocks, config.block_size, self.device, dtype)
+        matrices = [(p.shape[0], p.shape[1]) for p in decoder.parameters() if p.dim() == 2]
+        self.row_multiple = linear_rows(matrices, self.device, dtype)
+        shape = decoder.config
+        self.attention_rows = attention_rows(shape.head_dim, TILE, shape.num_kv_heads, self.device, dtype)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Computed:
@@ -50,7 +55,7 @@ class Runner:
         done = Computed(failed=self._not_finite(plan, hidden))
         drawing = [chunk for chunk in plan.chunks if chunk.draws]
         if drawing:
-            wanted = pad_rows(hidden[batch.logit_rows], row_multiple(self.device))
+            wanted = pad_rows(hidden[batch.logit_rows], self.row_multiple)
             drawn = sample(self.decoder.logits(wanted)[: len(drawing)], [_row(chunk) for chunk in drawing])
             for chunk, token_id, logprob, bad in zip(drawing, drawn.token_ids, drawn.logprobs, drawn.bad, strict=True):
                 done.token_ids[chunk.sequence.id] = token_id
@@ -93,14 +98,14 @@ class Runner:
         groups = tuple(
             self._group(list(chunks), first_rows) for _, chunks in groupby(by_width, key=lambda c: c.num_tokens)
         )
-        multiple = row_multiple(self.device)
         return ForwardBatch(
-            token_ids=pad_rows(self._tensor(ids), multiple),
-            positions=pad_rows(self._tensor(positions), multiple),
+            token_ids=pad_rows(self._tensor(ids), self.row_multiple),
+            positions=pad_rows(self._tensor(positions), self.row_multiple),
             num_rows=len(ids),
             slots=self._tensor(slots),
             groups=groups,
             logit_rows=self._tensor(wanted),
+            attention_rows=self.attention_rows,
         )
 
     def _group(self, chunks: list[Chunk], first_rows: dict[int, int]) -> AttentionGroup:

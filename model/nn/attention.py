@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from model.cache.store import PagedStore
 from model.config import ModelConfig
-from model.nn.batch import TILE, AttentionGroup, ForwardBatch, row_multiple
+from model.nn.batch import TILE, AttentionGroup, ForwardBatch
 from model.nn.norm import RMSNorm
 from model.nn.positions import rotate
 
@@ -91,9 +91,7 @@ class PagedAttention:
         window = self.config.window(layer)
         shared = self.config.num_heads // kv_heads  # query heads that read one kv head: they become rows
         num = t * shared
-        # Matrix products of at least as many pieces as threads give each piece to one thread: 4 rows are enough then.
-        batched = kv_heads * group.live[-1] >= torch.get_num_threads()
-        rows = num + -num % (4 if batched and q.device.type == "cpu" else row_multiple(q.device))
+        rows = num + -num % self.batch.attention_rows
         q = (q * d**-0.5).view(b, t, kv_heads, shared, d).permute(2, 0, 1, 3, 4).reshape(kv_heads, b, num, d)
         q = F.pad(q, (0, 0, 0, rows - num))
         at = self.batch.positions[group.rows].repeat_interleave(shared, dim=1)

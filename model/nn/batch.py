@@ -1,6 +1,6 @@
 """What one forward pass over the paged cache is told: everything it needs, and nothing global.
 
-Rows are tokens. Their number is padded to a fixed multiple (see `row_multiple`); only the first `num_rows` are real.
+Rows are tokens. Their number is padded to a fixed multiple (see `rows.py`); only the first `num_rows` are real.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ class AttentionGroup:
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """One step. `token_ids`, `positions` are int64 [padded rows]; `slots` int64 [num_rows] are flat cache positions
-    (block * block_size + offset); `logit_rows` int64 [m] are the rows whose logits are wanted."""
+    (block * block_size + offset); `logit_rows` int64 [m] are the rows whose logits are wanted. `attention_rows` is the
+    multiple that attention pads each sequence's query rows to."""
 
     token_ids: Tensor
     positions: Tensor
@@ -37,16 +38,7 @@ class ForwardBatch:
     slots: Tensor
     groups: tuple[AttentionGroup, ...]
     logit_rows: Tensor
-
-
-def row_multiple(device: torch.device) -> int:
-    """Rows of every matrix product are padded to this multiple, so that a row's result depends on no other row.
-
-    On CPU a float32 product takes another path, with another order of additions, when a thread gets fewer than 4 rows
-    (measured with MKL on AVX2: 1-3 rows on one thread, and 5-7 and 9-11 on two, differ in the last bit; from 12 on
-    none does). GPU kernels make no such promise at any size, so nothing is padded there.
-    """
-    return 1 if device.type == "cuda" else max(16, 4 * torch.get_num_threads())
+    attention_rows: int
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:

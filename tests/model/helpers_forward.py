@@ -8,10 +8,11 @@ from torch import Tensor
 
 from model.cache.store import PagedStore
 from model.nn.attention import PagedAttention
-from model.nn.batch import TILE, AttentionGroup, ForwardBatch, pad_rows, row_multiple
+from model.nn.batch import TILE, AttentionGroup, ForwardBatch, pad_rows
 from model.nn.decoder import Decoder
 
 CPU = torch.device("cpu")
+ROWS = 16  # enough for float32 products on any processor seen
 
 
 class Paged:
@@ -42,12 +43,13 @@ class Paged:
         order = sorted(chunks, key=lambda seq: (len(chunks[seq]), -self.lengths[seq]))
         groups = [self._group(list(g), rows) for _, g in groupby(order, key=lambda seq: len(chunks[seq]))]
         batch = ForwardBatch(
-            token_ids=pad_rows(torch.tensor(ids), row_multiple(CPU)),
-            positions=pad_rows(torch.tensor(positions), row_multiple(CPU)),
+            token_ids=pad_rows(torch.tensor(ids), ROWS),
+            positions=pad_rows(torch.tensor(positions), ROWS),
             num_rows=len(ids),
             slots=torch.tensor(slots),
             groups=tuple(groups),
             logit_rows=torch.arange(len(ids)),
+            attention_rows=ROWS,
         )
         attend = PagedAttention(self.decoder.config, self.store, batch)
         logits = self.decoder.logits(self.decoder(batch.token_ids, batch.positions, attend))

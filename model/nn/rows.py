@@ -1,0 +1,61 @@
+"""How many rows a matrix product needs so that a row's result depends on no other row.
+
+Libraries choose another kernel, with another order of additions, for small numbers of rows, and where the border lies
+differs by processor and number of threads. (Measured with MKL: on AVX2 with two threads 1-3, 5-7 and 9-11 rows differ
+in the last bit from larger numbers; other machines differ up to 9.) So the border is measured when a network is loaded,
+for the very shapes it will use, and rows are padded to a multiple beyond it.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MULTIPLES = (4, 8, 16, 32, 64)
+NUM_REFERENCE_ROWS = 256
+
+logger = logging.getLogger(__name__)
+
+
+def linear_rows(shapes: Iterable[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> int:
+    """The multiple for linear layers of these weight shapes (out, in). GPUs and other dtypes than float32 promise
+    nothing at any number of rows, and get none."""
+    if device.type == "cuda" or dtype != torch.float32:
+        return 1
+    random = torch.Generator().manual_seed(0)
+    found = MULTIPLES[0]
+    for shape in sorted(set(shapes)):
+        weight = torch.randn(shape, generator=random)
+        rows = torch.randn(NUM_REFERENCE_ROWS, shape[1], generator=random)
+        found = max(found, _smallest(rows, partial(F.linear, weight=weight)))
+    return found
+
+
+def attention_rows(head_dim: int, tile: int, num_heads: int, device: torch.device, dtype: torch.dtype) -> int:
+    """The multiple for the two products of attention over one tile, in a batch of one piece and of several."""
+    if device.type == "cuda" or dtype != torch.float32:
+        return 1
+    random = torch.Generator().manual_seed(0)
+    found = MULTIPLES[0]
+    for pieces in {1, 2, 3, num_heads, 8 * num_heads}:
+        keys = torch.randn(pieces, tile, head_dim, generator=random)
+        queries = torch.randn(pieces, NUM_REFERENCE_ROWS, head_dim, generator=random)
+        weights = torch.rand(pieces, NUM_REFERENCE_ROWS, tile, generator=random)
+        found = max(found, _smallest(queries, partial(torch.bmm, mat2=keys.transpose(1, 2))))
+        found = max(found, _smallest(weights, partial(torch.bmm, mat2=keys)))
+    return found
+
+
+def _smallest(rows: Tensor, product: Callable[[Tensor], Tensor]) -> int:
+    """The first multiple at which products over fewer rows give, to the bit, what the product over all of them gives;
+    `rows` [..., rows, k]."""
+    whole = product(rows)
+    for multiple in MULTIPLES:
+        sizes = [multiple * factor for factor in (1, 2, 3, 5, 9) if multiple * factor < NUM_REFERENCE_ROWS]
+        if all(torch.equal(product(rows[..., :size, :].contiguous()), whole[..., :size, :]) for size in sizes):
+            return multiple
+    logger.warning("this processor's matrix products depend on their number of rows; results may depend on the batch")
+    return MULTIPLES[-1]
