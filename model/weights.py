@@ -131,7 +131,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, Entry]:
             if name in entries:
                 raise CheckpointError(f"{entry}: found in {entries[name].path.name} too, expected once")
             entries[name] = entry
-    for name in where.keys() | entries.keys():
+    for name in sorted(where.keys() | entries.keys()):
         found = entries[name].path.name if name in entries else "no shard"
         if where.get(name) != found:
             raise CheckpointError(f"{index}: tensor {name!r} found in {found}, expected in {where.get(name, 'none')}")
