@@ -28,6 +28,10 @@ FAMILIES: dict[str, Switches] = {
 """How each family's network differs from the plain one (`ModelConfig`'s defaults)."""
 
 
+COUNTS = """hidden_size num_layers num_heads context batch_tokens steps eval_every eval_tokens report_every save_every
+workers""".split()  # noqa: SIM905  # fields that are at least 1
+
+
 class OptionError(ValueError):
     """Arguments that contradict each other, or data that can't be used: one line naming them."""
 
@@ -79,22 +83,26 @@ class TrainConfig:
     dtype: str = option("bfloat16", "of the exported weights", ("float32", "bfloat16", "float16"))
 
     def __post_init__(self) -> None:
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 1 or more")
         kv_heads, short = self.num_kv_heads or self.num_heads, self.short_context or self.context
-        unfit = {
-            f"--vocab-size {self.vocab_size}: outside 257 to 65536": not 257 <= self.vocab_size <= 65536,
-            f"--num-kv-heads {kv_heads}: no divisor of --num-heads {self.num_heads}": self.num_heads % kv_heads > 0,
-            f"--num-kv-heads {kv_heads}: gpt2 has as many as heads": self.family == "gpt2"
-            and kv_heads != self.num_heads,
-            f"--window {self.window}: only mistral has one": self.window > 0 and self.family != "mistral",
-            f"--short-context {short}: no divisor of --context {self.context}": self.context % short > 0,
-            f"--batch-tokens {self.batch_tokens}: no multiple of --context {self.context}": self.batch_tokens
-            % self.context
-            > 0,
-            f"--workers {self.workers} with --dropout: the order of its draws would vary": self.workers > 1
-            and self.dropout > 0,
-        }
-        for message, wrong in unfit.items():
-            if wrong:
+        head_dim = self.head_dim or self.hidden_size // self.num_heads
+        refusals = (
+            (not 257 <= self.vocab_size <= 65536, f"--vocab-size {self.vocab_size}: expected 257 to 65536"),
+            (self.num_heads % kv_heads, f"--num-kv-heads {kv_heads}: no divisor of --num-heads {self.num_heads}"),
+            (self.family == "gpt2" and kv_heads != self.num_heads, f"--num-kv-heads {kv_heads}: gpt2 has all heads"),
+            (head_dim % 2, f"--head-dim {head_dim}: expected an even number"),
+            (self.window and self.family != "mistral", f"--window {self.window}: only mistral has one"),
+            (self.context % short, f"--short-context {short}: no divisor of --context {self.context}"),
+            (self.batch_tokens % self.context, f"--batch-tokens {self.batch_tokens}: no multiple of --context"),
+            (
+                self.workers > 1 and self.dropout,
+                f"--workers {self.workers}: not with --dropout, whose draws would vary",
+            ),
+        )
+        for refused, message in refusals:
+            if refused:
                 raise OptionError(message)
 
     def network(self, vocab_size: int) -> ModelConfig:

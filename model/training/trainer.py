@@ -96,6 +96,8 @@ class Run:
     def __init__(self, config: TrainConfig, folder: Path, batches: data.Batches, vocab_size: int) -> None:
         self.config, self.folder, self.batches = config, folder, batches
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        if cuda and not torch.cuda.is_available():
+            raise OptionError("--device cuda: torch sees no CUDA device here")
         self.device = torch.device("cuda" if cuda else "cpu")
         self.apply: Apply = map
         if config.workers > 1:

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model.config import ModelConfig
+from model.families.registry import FAMILIES as FAMILY_FILES
 from model.families.registry import read_config, read_generation_defaults
 from model.nn.attention import DenseAttention
 from model.nn.decoder import Decoder
@@ -227,7 +227,9 @@ def test_arguments_are_the_fields() -> None:
     [
         ({"vocab_size": 70_000}, "--vocab-size 70000"),
         ({"num_kv_heads": 3}, "--num-kv-heads 3: no divisor"),
-        ({"family": "gpt2"}, "gpt2 has as many"),
+        ({"family": "gpt2"}, "gpt2 has all heads"),
+        ({"hidden_size": 36}, "--head-dim 9: expected an even number"),
+        ({"steps": 0}, "--steps 0: expected 1 or more"),
         ({"window": 8}, "--window 8: only mistral"),
         ({"short_context": 5}, "--short-context 5"),
         ({"batch_tokens": 100}, "--batch-tokens 100"),
@@ -251,6 +253,9 @@ def test_a_log_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path: Pa
     assert [row["step"] for row in read_log(file)] == ["1", "2"]
 
 
-def test_family_switches_name_fields_of_the_network() -> None:
-    for switches in FAMILIES.values():
-        ModelConfig("x", 1, 1, 1, 1, 1, 1, 1, 1, **switches)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("untied", [False, True])
+def test_every_network_asked_for_has_a_config_file(build: Build, family: str, untied: bool) -> None:
+    network = build(family=family, untied=untied, num_kv_heads=0).network(280)
+    written = FAMILY_FILES[family].write_config(network)
+    assert FAMILY_FILES[family].read_config(written) == network
