@@ -13,11 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 
 from loadtests.client import Stream, stream
+from service.serve import STUCK_S, House, bind
+from service.settings import Settings
 from tests.model.conftest import TINY, random_decoder, save_folder
 
 COMMAND = [sys.executable, "-m", "service.cli"]
@@ -160,6 +164,19 @@ def test_a_signal_lets_what_is_nearly_done_finish(folder: Path) -> None:
             data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
         assert json.loads(data[-2])["choices"][0]["finish_reason"] == "length"
         assert running.process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize(
+    ("alive", "age_s", "told"),
+    [(True, 0.0, None), (True, STUCK_S + 1, "no progress"), (False, 0.0, "failed")],
+)
+async def test_readiness_follows_the_engine(alive: bool, age_s: float, told: str | None) -> None:
+    with bind("127.0.0.1", 0) as listener:
+        house = House(Settings(), listener)
+        house.worker = cast(Any, SimpleNamespace(alive=alive, progress_age_s=lambda: age_s))
+        house.backend.loaded(cast(Any, object()), house.broker)
+        reason = house.backend.ready()
+    assert (reason is None) if told is None else (reason is not None and told in reason)
 
 
 def refusal(*flags: str) -> str:
