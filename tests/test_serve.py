@@ -172,7 +172,7 @@ def test_a_signal_lets_what_is_nearly_done_finish(folder: Path) -> None:
 )
 async def test_readiness_follows_the_engine(alive: bool, age_s: float, told: str | None) -> None:
     with bind("127.0.0.1", 0) as listener:
-        house = House(Settings(), listener)
+        house = House(Settings.load(), listener)
         house.worker = cast(Any, SimpleNamespace(alive=alive, progress_age_s=lambda: age_s))
         house.backend.loaded(cast(Any, object()), house.broker)
         reason = house.backend.ready()

@@ -12,27 +12,30 @@ from model.nn.decoder import Decoder, as_dtype
 from model.training.checkpoint import save_tensors
 from model.training.data import END
 
-# What was trained on plain text knows no roles, so a conversation is told as prose. A wish is spoken by a child and
-# the answer is the story; anything else is the beginning of the story, and the answer goes on in the same paragraph.
+# What was trained on plain text knows no roles, so a conversation is told as prose. A wish is spoken by a child, and
+# the story follows; anything else is the beginning of the story, and the answer goes on in the same paragraph.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- set began = namespace(here=false) -%}
+{%- set wishes = ("tell", "write", "please", "give", "make", "can you", "could you", "i want", "hi", "hello") -%}
 {%- for message in messages -%}
 {%- set parts = message.content or "" -%}
 {%- set text = (parts if parts is string else parts | map(attribute="text") | join(" ")) | trim -%}
-{%- set first = (text | lower).split(" ")[0] -%}
 {%- if message.role == "user" -%}
-{%- if text.endswith("?") or first in ["tell", "write", "please", "give", "make", "hi", "hello", "continue"] -%}
-{{- '"' + text | replace('"', "'") + '" said the child.\\n\\n' -}}
-{{- '"Very well," said the old man, and he told this story.\\n\\n' -}}
-{%- else -%}
-{%- set began.here = true -%}
+{%- set began.here = not (text.endswith("?") or (text | lower).startswith(wishes)) -%}
+{%- if began.here -%}
 {{- text -}}
+{%- else -%}
+{%- set said = text.rstrip(".") | replace('"', "'") -%}
+{{- '"' + said + ('"' if said[-1:] in "?!" else ',"') + " said the child.\\n\\n" -}}
+{%- if " about " in said -%}
+{{- '"Very well," said the old man. "This is the story of ' + said.split(" about ", 1)[1].rstrip("?!") + '."\\n\\n' -}}
+{%- endif -%}
 {%- endif -%}
 {%- elif message.role == "assistant" -%}
 {%- if began.here and text[:1].isalnum() %} {% endif -%}
-{%- set began.here = false -%}
 {{- text + "\\n\\n" -}}
+{%- set began.here = false -%}
 {%- endif -%}
 {%- endfor -%}
 """
