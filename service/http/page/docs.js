@@ -42,3 +42,6 @@ for (const [path, methods] of Object.entries(api.paths)) {
   for (const [method, route] of Object.entries(methods)) show(method, path, route, routes);
 }
 if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
+
+const example = document.querySelector("#try");
+example.textContent = example.textContent.replace("http://localhost:8000", location.origin);
