@@ -201,6 +201,10 @@ def test_exported_dtype_and_sampling(build: Build) -> None:
     [
         (["The fox ran"], "The fox ran"),
         (["Tell me of a fox!"], '"Tell me of a fox!" said the child.'),
+        (
+            ["Write about a fox."],
+            '"Write about a fox," said the child.\n\n"Very well," said the old man. "This is the story of',
+        ),
         (["The fox ran", "home.", "The cat sat"], "The fox ran home.\n\nThe cat sat"),
     ],
 )
