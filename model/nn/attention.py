@@ -119,8 +119,9 @@ class PagedAttention:
     def _gather(self, layer: int, group: AttentionGroup, tile: int, live: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one tile, [kv_heads * live, TILE, d]."""
         per_tile = TILE // self.store.block_size
-        blocks = group.block_tables[:live, tile * per_tile : (tile + 1) * per_tile].reshape(-1)
-        keys, values = (cache[layer].index_select(1, blocks) for cache in (self.store.keys, self.store.values))
+        keys, values = self.store.gather(
+            layer, group.block_tables[:live, tile * per_tile : (tile + 1) * per_tile].reshape(-1)
+        )
         return keys.view(-1, TILE, self.config.head_dim), values.view(-1, TILE, self.config.head_dim)
 
     @staticmethod
