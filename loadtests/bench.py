@@ -19,9 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from loadtests.client import Stream, stream
 from model.engine.engine import Engine
 from model.request import Request, SamplingParams
+from service.serve import spare_cores
 
 BUNDLED = Path(__file__).parent.parent / "model" / "bundled"
 PROMPT = (
@@ -72,18 +75,21 @@ def bare(engine: Engine, num_streams: int, num_tokens: int) -> Figures:
 
 async def over_http(port: int, num_streams: int, num_tokens: int) -> Figures:
     started = time.monotonic()
-    body = {"prompt": PROMPT, "temperature": 0.8, "top_p": 0.95, "max_tokens": num_tokens, "ignore_eos": True}
+    # Every parameter is named, for the model's own defaults would not be those of the bare engine.
+    sampling = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    body = {"prompt": PROMPT, "max_tokens": num_tokens, "ignore_eos": True, **sampling}
     jobs = [stream("127.0.0.1", port, {**body, "seed": i}) for i in range(num_streams)]
     return figures(await asyncio.gather(*jobs), started)
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[int]:
+def server(folder: Path, num_threads: int) -> Iterator[int]:
     """A `millrace serve` of its own on a free loopback port, ended with SIGTERM."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    command = [sys.executable, "-m", "service.cli", "serve", "--model", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "service.cli", "serve", "--model", str(folder)]
+    command += ["--port", str(port), "--threads", str(num_threads)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         for _ in range(240):
@@ -106,12 +112,14 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=spare_cores(), help="that compute, in both; default: cores - 1")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
+    torch.set_num_threads(args.threads)
     engine = Engine.load(args.model)
     rows: list[dict[str, object]] = []
-    with server(args.model) as port:
+    with server(args.model, args.threads) as port:
         for num_streams in args.streams:
             runs: dict[str, list[Figures]] = {"engine": [], "http": []}
             for turn in range(args.rounds + 1):

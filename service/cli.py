@@ -74,6 +74,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-name", help="the name clients use (default: the folder's)")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads that compute; default: cores - 1")
     parser.add_argument("--drain-s", type=float, metavar="S", help="on SIGTERM, seconds for running requests to end")
     parser.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait before new ones get 429")
     parser.add_argument("--log-json", action="store_const", const=True, help="log lines as JSON")

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import errno
 import logging
+import os
 import signal
 import socket
 import sys
@@ -51,9 +52,16 @@ def serve(args: argparse.Namespace) -> None:
     settings = Settings.load(**flags)
     configure(settings.log_level, as_json=settings.log_json)
     listener = bind(settings.host, settings.port)
+    # One core is left to HTTP: the threads of a product wait for each other, so one pushed off its core stops them all.
+    torch.set_num_threads(settings.threads or spare_cores())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if not runner.run(House(settings, listener).live()):
             sys.exit(1)
+
+
+def spare_cores() -> int:
+    """How many cores may compute while one answers HTTP; at least one."""
+    return max(1, (os.cpu_count() or 1) - 1)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -35,6 +35,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="number format of the weights")
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output together")
     max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences computed in one step")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads that compute; one less than the cores")
     cache_gib: float | None = Field(None, gt=0, description="memory for the key-value cache, GiB")
     max_waiting: int = Field(256, ge=1, description="requests that may wait before new ones are refused")
     max_waiting_tokens: int = Field(1_000_000, ge=1, description="prompt tokens that may wait")
