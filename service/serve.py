@@ -109,6 +109,7 @@ class House:
             uvicorn.Config(
                 app,
                 log_config=None,
+                log_level="warning",  # its comings and goings say nothing that our lines don't
                 access_log=False,
                 lifespan="off",
                 ws="none",
