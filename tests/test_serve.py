@@ -211,3 +211,26 @@ def test_a_used_port_is_told_at_once_with_the_fix(folder: Path) -> None:
 def test_mistakes_are_refused_in_one_line_that_names_them(folder: Path, flags: list[str], told: str) -> None:
     given = flags if "--model" in flags else ["--model", str(folder), *flags]
     assert told in refusal("--port", "0", *given)
+
+
+def test_generate_writes_the_same_text_for_the_same_seed(folder: Path) -> None:
+    command = [*COMMAND, "generate", "Once", "--model", str(folder), "--seed", "3", "--max-tokens", "20"]
+    runs = [subprocess.run(command, capture_output=True, timeout=60, check=True, cwd=ROOT) for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout
+    assert runs[0].stdout.startswith(b"Once") and len(runs[0].stdout) > 10
+    assert b"20 tokens in" in runs[0].stderr and b"tokens/s, seed 3" in runs[0].stderr
+
+
+def test_chat_talks_to_a_running_server_until_an_empty_line(served: Served, folder: Path) -> None:
+    before = served.metrics()["millrace_requests_accepted_total"]
+    command = [*COMMAND, "chat", "--url", served.url(""), "--model", str(folder), "--max-tokens", "5"]
+    talk = subprocess.run(command, input="hello\nagain\n\n", capture_output=True, text=True, timeout=60, check=True)
+    assert talk.stdout.count("> ") == 3
+    assert served.metrics()["millrace_requests_accepted_total"] == before + 2
+
+
+def test_chat_without_a_server_says_how_to_start_one(folder: Path) -> None:
+    with bind("127.0.0.1", 0) as unused:
+        command = [*COMMAND, "chat", "--url", f"http://127.0.0.1:{unused.getsockname()[1]}", "--model", str(folder)]
+        talk = subprocess.run(command, input="hello\n", capture_output=True, text=True, timeout=60, check=False)
+    assert talk.returncode == 3 and "millrace serve" in talk.stderr

@@ -56,6 +56,8 @@ def save_folder(decoder: Decoder, folder: Path) -> Path:
     save_file(tensors, str(folder / "model.safetensors"))
     (folder / "config.json").write_text(json.dumps(family.write_config(decoder.config)))
     byte_library().save(str(folder / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return folder
 
 
