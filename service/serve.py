@@ -191,7 +191,7 @@ class House:
         tokens = config.num_blocks * config.block_size
         size = config.num_blocks * bytes_per_block(decoder.config, config.block_size, as_dtype(config.dtype)) / 2**30
         cuda, threads = config.device == "cuda", torch.get_num_threads()
-        where = torch.cuda.get_device_name() if cuda else f"cpu with {threads} threads"
+        where = torch.cuda.get_device_name() if cuda else f"cpu with {threads} thread{'s' if threads > 1 else ''}"
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
         url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
         body = '{"prompt": "Once upon a time", "stream": true}'
