@@ -39,7 +39,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 """
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.05}
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.1}
 """What suits small networks: the tail of improbable words cut, few loops."""
 
 

@@ -193,7 +193,7 @@ def test_exported_dtype_and_sampling(build: Build) -> None:
     train(config, silent)
     assert read_config(config.out).dtype == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(config.out).dtype == torch.bfloat16
-    assert read_generation_defaults(config.out).temperature == 0.8
+    assert read_generation_defaults(config.out).temperature == 0.7
 
 
 @pytest.mark.parametrize(
