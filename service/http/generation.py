@@ -22,6 +22,10 @@ from service.http.intake import Intake, Served
 from service.logs import fields
 from service.metrics import Book, Metrics
 
+# A log can be replayed without waiting, and a server's send returns at once when the client is gone: without a breath
+# now and then the loop would never get to notice. After every entry it would cost as much as writing the event.
+ENTRIES_PER_BREATH = 16
+
 logger = logging.getLogger(__name__)
 
 
@@ -106,12 +110,13 @@ class Generation:
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What comes, as it comes, until every choice has finished. Raises whatever the broker raises."""
+        num_entries = 0
         async with aclosing(_merged([self._follow(choice) for choice in self.choices])) as entries:
             async for index, entry in entries:
                 yield self.choices[index].take(entry, self._clock())
-                # A log can be replayed without waiting, and a server's send returns at once when the client is gone:
-                # without this the loop would never get to notice.
-                await asyncio.sleep(0)
+                num_entries += 1
+                if num_entries % ENTRIES_PER_BREATH == 0:
+                    await asyncio.sleep(0)
         if not all(choice.told_end for choice in self.choices):
             raise MillraceError("the log ended without saying how")
 
