@@ -39,7 +39,7 @@ def plot(folder: Path) -> str:
     try:
         from matplotlib.figure import Figure  # an extra of the package: training works without
     except ImportError:
-        return "no loss.png: matplotlib is not installed (pip install 'millrace[train]')"
+        return "no loss.png: matplotlib is not installed (pip install matplotlib)"
     rows = list(read_log(folder / "loss.csv"))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="nats per token")

@@ -55,7 +55,7 @@ def train(config: TrainConfig, report: Report) -> None:
     _loop(run, evaluator, report)
     export(run.decoder, tokenizer, config.dtype, config.out)
     report(plot(folder))
-    report(f"wrote {config.out}: millrace serve {config.out}")
+    report(f"wrote {config.out}: millrace serve --model {config.out}")
 
 
 def _open_folder(config: TrainConfig, folder: Path) -> None:
