@@ -142,30 +142,30 @@ def test_every_outcome_is_told_as_what_it_is(served: Served) -> None:
     assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", first[0])
 
 
+def signalled(running: Served, max_tokens: int) -> dict[str, Any]:
+    """The terminal event of a stream whose server gets SIGTERM after its first line."""
+    body = {"prompt": "a", "max_tokens": max_tokens, "stream": True}
+    with httpx.stream("POST", running.url("/generate"), json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        running.process.send_signal(signal.SIGTERM)
+        *_, last, done = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    assert done == "[DONE]"
+    assert running.process.wait(timeout=60) == 0
+    terminal: dict[str, Any] = json.loads(last)
+    return terminal
+
+
 def test_a_signal_ends_what_runs_with_a_terminal_event_and_exits_with_0(folder: Path) -> None:
     with serving(folder, "--drain-s", "0.2") as running:
-        body = {"prompt": "a", "max_tokens": 500, "stream": True}
-        with httpx.stream("POST", running.url("/generate"), json=body, timeout=60) as response:
-            lines = response.iter_lines()
-            next(lines)
-            running.process.send_signal(signal.SIGTERM)
-            data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-        assert data[-1] == "[DONE]"
-        last = json.loads(data[-2])
-        assert "error" in last or last["choices"][0]["finish_reason"] == "error"
-        assert running.process.wait(timeout=60) == 0
+        terminal = signalled(running, max_tokens=500)
+    assert terminal["choices"][0]["finish_reason"] == "error"
+    assert "shutting down" in terminal["error"]["detail"]
 
 
 def test_a_signal_lets_what_is_nearly_done_finish(folder: Path) -> None:
     with serving(folder) as running:
-        body = {"prompt": "a", "max_tokens": 60, "stream": True}
-        with httpx.stream("POST", running.url("/generate"), json=body, timeout=60) as response:
-            lines = response.iter_lines()
-            next(lines)
-            running.process.send_signal(signal.SIGTERM)
-            data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-        assert json.loads(data[-2])["choices"][0]["finish_reason"] == "length"
-        assert running.process.wait(timeout=60) == 0
+        assert signalled(running, max_tokens=60)["choices"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize(
