@@ -1,15 +1,19 @@
 """Every setting of the program, read once and frozen: the only reader of the environment.
 
 A setting comes from its command-line flag, else from `MILLRACE_<NAME>`, else from the default here. Unknown names and
-bad values refuse to start. It knows nothing of what the settings are used for.
+bad values refuse to start. It knows nothing of what the settings are used for. What is secret is never told: not in a
+refusal, not by `repr`.
 """
 
 import difflib
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "MILLRACE_"
@@ -18,6 +22,27 @@ BUNDLED = Path(__file__).parent.parent / "model" / "bundled"
 
 class SettingsError(ValueError):
     """A setting that can't be used, in one line: its name, what it held and what is allowed."""
+
+
+def shown_url(url: str) -> str:
+    """A URL without user, password and options, for people to read."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _redis_url(secret: SecretStr) -> SecretStr:
+    """A path that is no number is refused for what it may be: the rest of a password with an unescaped slash."""
+    with suppress(ValueError):  # an address or a port that is none
+        parts = urlsplit(secret.get_secret_value())
+        if parts.scheme == "unix" and parts.path:
+            return secret
+        complete = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
+        if complete and re.fullmatch(r"/?\d*", parts.path):
+            return secret
+    raise ValueError(
+        "expected redis://[user:password@]host[:port][/number], rediss:// for TLS, or unix:///path/of/socket; "
+        "special characters of a password are written as %XX"
+    )
 
 
 class Settings(BaseSettings):
@@ -41,6 +66,13 @@ class Settings(BaseSettings):
     max_waiting_tokens: int = Field(1_000_000, ge=1, description="prompt tokens that may wait")
     drain_s: float = Field(25.0, ge=0, le=3600, description="how long running requests may finish after SIGTERM")
     keep_s: float = Field(120.0, ge=0, le=86400, description="how long an ended request's log is kept")
+    orphan_s: float = Field(30.0, gt=0, le=86400, description="how long a resumable request runs with no reader")
+    max_request_s: float = Field(3600.0, gt=0, le=86400, description="longest life of a request, whatever it asks for")
+    redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
+        None, description="where API processes and workers meet; without it one process does everything"
+    )
+    lease_s: float = Field(3.0, ge=0.5, le=60, description="how long a silent worker keeps its requests")
+    stuck_s: float = Field(30.0, ge=1, le=3600, description="an engine without a step for so long is given up")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
     log_json: bool = Field(False, description="log one JSON object a line")
 
@@ -54,7 +86,18 @@ class Settings(BaseSettings):
             first = error.errors(include_url=False)[0]
             name = str(first["loc"][0])
             where = f"--{name.replace('_', '-')} or {PREFIX}{name.upper()}"
-            raise SettingsError(f"{where}: got {first['input']!r}: {first['msg']}") from None
+            got = "" if name == "redis_url" else f" got {first['input']!r}:"
+            raise SettingsError(f"{where}:{got} {first['msg']}") from None
+
+    def environment(self) -> dict[str, str]:
+        """The environment in which a child process has these settings: a command line would show a password."""
+        shared = {name: text for name, text in os.environ.items() if not name.upper().startswith(PREFIX)}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if value is not None:
+                text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+                shared[PREFIX + name.upper()] = text
+        return shared
 
 
 def _refuse_unknown_names() -> None:
