@@ -53,7 +53,11 @@ class TextOptions:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to generate. A client's request with several choices is a group of these, `<id>.<i>`."""
+    """One sequence to generate. A client's request with several choices is a group of these, `<group>.<i>`.
+
+    `orphan_s`: it is cancelled when nobody has followed it for so long; None = it needs no reader. `queue_deadline_s`
+    counts until the first claim only.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -61,9 +65,17 @@ class Request:
     text: TextOptions = field(default_factory=TextOptions)
     model: str = ""
     tenant: str = "default"
-    priority: int = 0  # lower is served first
+    priority: int = 0  # below 0: ahead of the others, until those have waited long
     created_s: float = 0.0
     deadline_s: float | None = None  # wall clock; None = no deadline
+    queue_deadline_s: float | None = None  # wall clock
+    orphan_s: float | None = None
+    num_choices: int = 1
+
+    @property
+    def group(self) -> str:
+        """The id that the client knows."""
+        return self.id if self.num_choices == 1 else self.id.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,15 @@ class RequestNotFound(MillraceError):
     code = "request_not_found"
 
 
+class IdempotencyConflict(MillraceError):
+    """The idempotency key belongs to a request with another body."""
+
+    code = "idempotency_conflict"
+
+    def __init__(self) -> None:
+        super().__init__("this Idempotency-Key was used with another body; use a new key for a new request")
+
+
 class Overloaded(MillraceError):
     """The queue is full. `retry_after_s` is when room is expected."""
 
@@ -63,6 +72,15 @@ class Unavailable(MillraceError):
     def __init__(self, why: str, retry_after_s: int = 5) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(why)
+
+
+class Handover(MillraceError):
+    """This process stops serving a stream that goes on: whoever reads it shall come back, here or elsewhere."""
+
+    code = "unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("this server is shutting down; the request goes on and can be read again by its id")
 
 
 class StartupError(MillraceError):

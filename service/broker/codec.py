@@ -3,7 +3,7 @@
 Owns the wire format and nothing else; it knows no queue, no network and no worker. Every value is an array that starts
 with a version. A request is a map by field name: a field this program does not know, and a version it does not speak,
 are refused, never skipped, while a missing field takes its default. Entries are written once per token and therefore
-positional. The format: https://github.com/msgpack/msgpack/blob/master/spec.md
+positional. Redis's functions write terminal entries too: they have no null, so false stands for it there. The format: https://github.com/msgpack/msgpack/blob/master/spec.md
 """
 
 from dataclasses import fields
@@ -38,24 +38,25 @@ def decode_request(raw: bytes) -> Request:
         raise CodecError(f"a stored request does not fit version {VERSION}: {error}") from error
 
 
-def encode_entry(delta: Delta, queue_s: float | None = None) -> bytes:
+def encode_entry(delta: Delta) -> bytes:
     """A worker's delta as the log keeps it: the id is the log's."""
     logprobs = [(item.logprob, item.top) for item in delta.logprobs] if delta.logprobs else ()
     end = delta.finish
     finish = None if end is None else (end.reason, end.stop_reason, end.error)
-    return _pack((VERSION, delta.start, delta.token_ids, logprobs, finish, queue_s))
+    return _pack((VERSION, delta.start, delta.token_ids, logprobs, finish))
 
 
 def decode_entry(raw: bytes) -> Entry:
-    """What a reader gets of it. Raises `CodecError`."""
-    start, token_ids, logprobs, finish, queue_s = _body(raw, 5)
+    """What a reader gets of it, but for the timings. Raises `CodecError`."""
+    start, token_ids, logprobs, finish = _body(raw, 4)
     try:
         return Entry(
             start,
-            token_ids,
+            tuple(token_ids),
             tuple(TokenLogprob(*item) for item in logprobs) if logprobs else (),
-            None if finish is None else Finish(FinishReason(finish[0]), finish[1], finish[2]),
-            queue_s,
+            None
+            if finish is None
+            else Finish(FinishReason(finish[0]), *(v if v is not False else None for v in finish[1:])),
         )
     except (TypeError, ValueError, IndexError) as error:
         raise CodecError(f"a stored entry does not fit version {VERSION}: {error}") from error
