@@ -2,9 +2,12 @@
 
 The HTTP half keeps the books of requests through `Book`, the worker tells of its steps, and a scrape asks for the
 queue. A request here is one generated sequence: the choices of a client's request count one by one. In the books,
-accepted = the sum of ended over all outcomes + in flight, at any instant.
+accepted = the sum of ended over all outcomes + in flight, at any instant. A sequence that goes on without the process
+that admitted it, or without a reader, has the outcome `handed_over` there; whoever reads it later does not count it
+again.
 
-Intervals are between monotonic stamps of one process. TTFT and the whole duration begin when the request's body is in.
+Intervals are between monotonic stamps of one process, but for the time in the queue, which the broker tells. TTFT and
+the whole duration begin when the request's body is in.
 """
 
 from typing import Protocol
@@ -14,6 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from model.request import FinishReason
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+HANDED_OVER = "handed_over"  # an outcome beside the finish reasons
+OUTCOMES = (*(reason.value for reason in FinishReason), HANDED_OVER)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -44,7 +49,8 @@ class Metrics:
         ended = Counter(
             "millrace_requests_ended", "Sequences that ended, by outcome.", ["outcome"], registry=self.registry
         )
-        self.ended = {reason: ended.labels(outcome=reason.value) for reason in FinishReason}
+        self.ended = {outcome: ended.labels(outcome=outcome) for outcome in OUTCOMES}
+        self.resumed = counter("streams_resumed", "Readers of requests that were submitted before.")
         self._refused = Counter(
             "millrace_requests_refused", "Client requests answered with an error.", ["reason"], registry=self.registry
         )
@@ -103,39 +109,43 @@ class Metrics:
 
 
 class Book:
-    """The account of one sequence: in flight from `begin` until `end`, which counts once only."""
+    """The account of one sequence: in flight from `begin` until `end`, which counts once only. One that never began
+    belongs to a sequence that was submitted elsewhere or before, and counts nothing."""
 
-    __slots__ = ("_arrived_s", "_last_s", "_metrics", "_open", "ttft_s")
+    __slots__ = ("_arrived_s", "_has_token", "_last_s", "_metrics", "_open")
 
-    def __init__(self, metrics: Metrics, arrived_s: float) -> None:
-        self._metrics, self._arrived_s = metrics, arrived_s
-        self._last_s = arrived_s
-        self._open = False
-        self.ttft_s: float | None = None
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._arrived_s = self._last_s = 0.0
+        self._open = self._has_token = False
 
-    def begin(self) -> None:
-        """The broker has taken it."""
+    def begin(self, arrived_s: float) -> None:
+        """The broker has taken it; its request arrived then."""
+        self._arrived_s = self._last_s = arrived_s
         self._open = True
         self._metrics.accepted.inc()
         self._metrics.in_flight.inc()
 
     def tokens(self, num_tokens: int, now_s: float) -> None:
         """`num_tokens` >= 1 came at once; after the first, the time since the last ones is shared among them."""
+        if not self._open:
+            return
         interval_s, self._last_s = now_s - self._last_s, now_s
-        if self.ttft_s is None:
-            self.ttft_s = interval_s
+        if not self._has_token:
+            self._has_token = True
             self._metrics.ttft.observe(interval_s)
             return
         for _ in range(num_tokens):
             self._metrics.inter_token.observe(interval_s / num_tokens)
 
-    def end(self, outcome: FinishReason, now_s: float, queue_s: float | None = None) -> None:
-        """Close the account, whoever says so first."""
+    def end(self, outcome: str, now_s: float, queue_s: float | None = None) -> None:
+        """Close the account, whoever says so first. `outcome` is one of `OUTCOMES`."""
         if not self._open:
             return
         self._open = False
         self._metrics.in_flight.dec()
         self._metrics.ended[outcome].inc()
-        self._metrics.duration.observe(now_s - self._arrived_s)
+        if outcome != HANDED_OVER:  # that one has not ended
+            self._metrics.duration.observe(now_s - self._arrived_s)
         if queue_s is not None:
             self._metrics.queue.observe(queue_s)

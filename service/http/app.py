@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import MillraceError
 from service.http.problems import HttpRefusal, problem_response
 from service.http.routes import Backend, Routes
+from service.http.sse import HEAD
 from service.metrics import Metrics
 
 PAGE = Path(__file__).parent / "page"
@@ -76,7 +77,7 @@ class Edge:
             await send(message)
 
         try:
-            await self._app({**scope, "method": "GET"} if is_head else scope, receive, send_on)
+            await self._app({**scope, "method": "GET", HEAD: True} if is_head else scope, receive, send_on)
         except ClientDisconnect:
             logger.debug("request %s: the client left while sending", request_id.decode())
         except Exception as error:

@@ -1,91 +1,93 @@
-"""The life of one client's request, from admission to its end: the same for a stream and for a whole answer.
+"""One client reading one request, from admission or from a position in it to the end: the same for a stream and for a
+whole answer.
 
-Owns which of its sequences have ended and how, the text made from their ids, and their accounts in the books. It knows
-no bytes, no status and no dialect. Whoever makes one must call `close` when the client has its answer or has gone.
+Owns which of its sequences have ended and how, the text made from their ids, and, if this process submitted them, their
+accounts in the books. It knows no bytes, no status and no dialect. Whoever makes one must call `close` when the client
+has its answer or has gone.
 
-Ledger. A sequence is open in the books from `submit` on. It is closed by its terminal entry, by `fail`, or by `close`
-(as cancelled): whichever comes first. `close` cancels at the broker whatever had no terminal entry.
+Ledger. A sequence that was submitted here is open in the books from `begin` on. It is closed by its terminal entry, by
+`fail`, or by `close`: whichever comes first. `close` cancels at the broker whatever had no terminal entry, if the
+client's leaving means that; otherwise the sequence goes on without us, and the books say handed over.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import NamedTuple
 
 from model.assemble import Assembler
 from model.request import Finish, FinishReason, Request, TokenLogprob, Usage
-from service.broker.base import Entry, RequestSide
+from service.broker.base import CANCELLED, Entry, RequestSide, Timings
 from service.errors import MillraceError
 from service.http.intake import Intake, Served
 from service.logs import fields
-from service.metrics import Book, Metrics
+from service.metrics import HANDED_OVER, Book, Metrics
 
 # A log can be replayed without waiting, and a server's send returns at once when the client is gone: without a breath
-# now and then the loop would never get to notice. After every entry it would cost as much as writing the event.
+# now and then the loop would never get to notice, nor anyone else to run. After every entry it would cost as much as
+# writing the event; a long entry is taken in parts.
 ENTRIES_PER_BREATH = 16
+TOKENS_PER_PART = 64
 
 logger = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """One generated token and the text that is due with it; `offset` is where its text begins, in characters.
-
-    A piece without a token carries text that was held back (a possible stop string, a broken character) until an end
-    that came without one.
-    """
+    """One generated token and the text that is due with it; `offset` is where its text begins, in characters."""
 
     choice: int
-    token_id: int | None
+    token_id: int
     text: str
     offset: int
     logprob: TokenLogprob | None
 
 
 class Choice:
-    """One sequence: what has come of it so far. `finish` is None until it has ended."""
+    """One sequence: what has come of it so far. `finish` is None until it has ended.
 
-    def __init__(self, index: int, request: Request, served: Served, book: Book) -> None:
-        self.index, self.request, self.book = index, request, book
+    The client has the first `after` tokens already. Text is made from all of them, for it depends on all. `held_back`
+    is text that no token brought: a possible stop string or a broken character that the end left as it was.
+    """
+
+    def __init__(self, index: int, request: Request, served: Served, book: Book, after: int) -> None:
+        self.index, self.request, self.book, self.after = index, request, book, after
         self.num_tokens = 0
         self.finish: Finish | None = None
-        self.queue_s: float | None = None
+        self.timings: Timings | None = None
+        self.held_back = ""
         self.told_end = False  # by its terminal entry, and not by a failure here
         self._assembler = Assembler(served.tokenizer, request)
         self._opening = self._assembler.opening  # the echo travels with the first token, so that TTFT stays honest
         self._num_chars = 0
 
     def take(self, entry: Entry, now_s: float) -> list[Piece]:
-        """The entry's tokens as pieces, in order."""
+        """The entry's tokens as pieces, in order, but for those that the client has."""
         assert entry.start == self.num_tokens, f"{self.request.id}: a gap before {entry.start} at {self.num_tokens}"
         pieces = []
-        logprobs: tuple[TokenLogprob | None, ...] = entry.logprobs or (None,) * len(entry.token_ids)
+        num_new = len(entry.token_ids)
+        logprobs: Sequence[TokenLogprob | None] = entry.logprobs or (None,) * num_new
         for token_id, logprob in zip(entry.token_ids, logprobs, strict=True):
             opening, self._opening = self._opening, ""
             text = opening + self._assembler.push(token_id)
-            pieces.append(Piece(self.index, token_id, text, self._num_chars + len(opening), logprob))
+            self.num_tokens += 1
+            if self.num_tokens > self.after:
+                pieces.append(Piece(self.index, token_id, text, self._num_chars + len(opening), logprob))
             self._num_chars += len(text)
-        if entry.token_ids:
-            self.num_tokens += len(entry.token_ids)
-            self.book.tokens(len(entry.token_ids), now_s)
+        if num_new:
+            self.book.tokens(num_new, now_s)
         if entry.finish is not None:
-            self._end(entry, now_s, pieces)
+            self.finish, self.timings, self.told_end = entry.finish, entry.timings, True
+            self.held_back = self._opening + self._assembler.finish()
+            self.book.end(entry.finish.reason, now_s, entry.timings.queue_s if entry.timings else None)
         return pieces
-
-    def _end(self, entry: Entry, now_s: float, pieces: list[Piece]) -> None:
-        assert entry.finish is not None
-        self.finish, self.queue_s, self.told_end = entry.finish, entry.queue_s, True
-        self.book.end(entry.finish.reason, now_s, entry.queue_s)
-        held_back = self._opening + self._assembler.finish()
-        if held_back and pieces:
-            pieces[-1] = pieces[-1]._replace(text=pieces[-1].text + held_back)
-        elif held_back:
-            pieces.append(Piece(self.index, None, held_back, self._num_chars, None))
 
 
 class Generation:
-    """A request being answered. `arrived_s` is on the clock, which is monotonic seconds."""
+    """A request being read from the positions `after`, one for each choice, or from the start. `cancels`: to leave is
+    to cancel. The clock gives monotonic seconds."""
 
     def __init__(
         self,
@@ -93,30 +95,36 @@ class Generation:
         served: Served,
         broker: RequestSide,
         metrics: Metrics,
-        arrived_s: float,
+        after: Sequence[int] = (),
+        cancels: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.intake = intake
-        self._broker, self._arrived_s, self._clock = broker, arrived_s, clock
+        self._broker, self._cancels, self._clock = broker, cancels, clock
+        self._is_ours = False
         self.choices = [
-            Choice(index, request, served, Book(metrics, arrived_s)) for index, request in enumerate(intake.group)
+            Choice(index, request, served, Book(metrics), after[index] if after else 0)
+            for index, request in enumerate(intake.group)
         ]
 
-    async def submit(self) -> None:
-        """Queue it, whole. Raises `Overloaded` and `Unavailable`, with nothing queued and nothing in the books."""
-        await self._broker.submit(self.intake.group)
+    def begin(self, arrived_s: float) -> None:
+        """The broker has just taken it from us; its body was in at `arrived_s` on the clock."""
+        self._is_ours = True
         for choice in self.choices:
-            choice.book.begin()
+            choice.book.begin(arrived_s)
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What comes, as it comes, until every choice has finished. Raises whatever the broker raises."""
-        num_entries = 0
+        num_parts = 0
         async with aclosing(_merged([self._follow(choice) for choice in self.choices])) as entries:
             async for index, entry in entries:
-                yield self.choices[index].take(entry, self._clock())
-                num_entries += 1
-                if num_entries % ENTRIES_PER_BREATH == 0:
-                    await asyncio.sleep(0)
+                for part in _parts(entry):
+                    pieces = self.choices[index].take(part, self._clock())
+                    if pieces:
+                        yield pieces
+                    num_parts += 1
+                    if num_parts % ENTRIES_PER_BREATH == 0 or len(part.token_ids) == TOKENS_PER_PART:
+                        await asyncio.sleep(0)
         if not all(choice.told_end for choice in self.choices):
             raise MillraceError("the log ended without saying how")
 
@@ -130,32 +138,41 @@ class Generation:
                 choice.finish = Finish(FinishReason.ERROR, error=told)
                 choice.book.end(FinishReason.ERROR, self._clock())
 
+    def hand_over(self) -> None:
+        """It is this process that leaves, not the client: nothing is cancelled."""
+        self._cancels = False
+
     async def close(self) -> None:
-        """Stop what still runs and close the books. Call it whatever happened; it may take one trip to the broker."""
+        """Settle what has had no terminal entry. Call it whatever happened; it may take one trip to the broker."""
         left = [choice for choice in self.choices if not choice.told_end]
         for choice in left:
-            if choice.finish is None:
-                choice.finish = Finish(FinishReason.CANCELLED)
-            choice.book.end(choice.finish.reason, self._clock())
-        for choice in left:
+            if self._cancels and choice.finish is None:
+                choice.finish = CANCELLED
+            choice.book.end(choice.finish.reason if choice.finish else HANDED_OVER, self._clock())
+        for choice in left if self._cancels else ():
             try:
                 await self._broker.cancel(choice.request.id, choice.request.tenant)
             except MillraceError as error:
                 logger.warning("request %s could not be cancelled: %s", choice.request.id, error)
         self._log()
 
+    def positions(self) -> list[int]:
+        """How many tokens the client has, of each choice."""
+        return [
+            choice.num_tokens if choice.told_end else max(choice.num_tokens, choice.after) for choice in self.choices
+        ]
+
     def usage(self) -> Usage:
         """The prompt counts once, generated ids of all choices together."""
         return Usage(len(self.choices[0].request.prompt_ids), sum(choice.num_tokens for choice in self.choices))
 
     def timings(self) -> dict[str, float | None]:
-        """Seconds; of several choices the earliest claim and the earliest first token."""
-        queued = [choice.queue_s for choice in self.choices if choice.queue_s is not None]
-        first = [choice.book.ttft_s for choice in self.choices if choice.book.ttft_s is not None]
+        """Seconds, as the broker tells them; of several choices the earliest claim and first token, the latest end."""
+        known = [choice.timings for choice in self.choices if choice.timings is not None]
         return {
-            "queue_s": round(min(queued), 6) if queued else None,
-            "ttft_s": round(min(first), 6) if first else None,
-            "total_s": round(self._clock() - self._arrived_s, 6),
+            "queue_s": _one(min, (timings.queue_s for timings in known)),
+            "ttft_s": _one(min, (timings.ttft_s for timings in known)),
+            "total_s": _one(max, (timings.total_s for timings in known)),
         }
 
     def error(self) -> str | None:
@@ -168,9 +185,9 @@ class Generation:
 
     def _log(self) -> None:
         usage = self.usage()
-        outcomes = ",".join(choice.finish.reason.value for choice in self.choices if choice.finish)
+        outcomes = ",".join(choice.finish.reason if choice.finish else HANDED_OVER for choice in self.choices)
         logger.info(
-            "request ended",
+            "request ended" if self._is_ours else "reader of a request ended",
             extra=fields(
                 id=self.intake.id,
                 model=self.intake.model,
@@ -180,6 +197,29 @@ class Generation:
                 **self.timings(),
             ),
         )
+
+
+def _one(pick: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(pick(known), 6) if known else None
+
+
+def _parts(entry: Entry) -> Sequence[Entry]:
+    """The entry, in parts that are short enough to hold nobody up."""
+    num_tokens, size = len(entry.token_ids), TOKENS_PER_PART
+    if num_tokens <= size:
+        return (entry,)
+    return [
+        replace(
+            entry,
+            start=entry.start + begin,
+            token_ids=entry.token_ids[begin : begin + size],
+            logprobs=entry.logprobs[begin : begin + size],
+            finish=entry.finish if begin + size >= num_tokens else None,
+            timings=entry.timings if begin + size >= num_tokens else None,
+        )
+        for begin in range(0, num_tokens, size)
+    ]
 
 
 async def _merged(logs: list[AsyncIterator[Entry]]) -> AsyncGenerator[tuple[int, Entry], None]:

@@ -25,7 +25,8 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The model that is served, as the door needs to know it. `created` is when it was loaded, epoch seconds."""
+    """The model that is served, as the door needs to know it, and for how long. `created` is when it was loaded, epoch
+    seconds. A request that names no time gets `max_request_s`; one without a reader for `orphan_s` is given up."""
 
     name: str
     tokenizer: Tokenizer
@@ -34,23 +35,44 @@ class Served:
     eos_ids: tuple[int, ...]
     defaults: GenerationDefaults
     created: int
+    orphan_s: float = 30.0
+    max_request_s: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """One client's request, ready to be submitted: as many sequences as answers were asked for."""
+    """One client's request: as many sequences as answers were asked for. All that an answer says of it is read off the
+    sequences, so that one that comes out of the broker looks like the one that went in."""
 
-    id: str
-    model: str
-    created: int
-    seed: int
     group: tuple[Request, ...]
+
+    @property
+    def id(self) -> str:
+        """The one that the client knows."""
+        return self.group[0].group
+
+    @property
+    def model(self) -> str:
+        """Its name, as served when the request came."""
+        return self.group[0].model
+
+    @property
+    def created(self) -> int:
+        """Epoch seconds."""
+        return int(self.group[0].created_s)
+
+    @property
+    def seed(self) -> int:
+        """The first answer's; the others' are made from it."""
+        return self.group[0].sampling.seed
 
 
 async def take_in(body: GenerateRequest, served: Served, tenant: str = "default") -> Intake:
     """Raises `ModelNotFound`, `InvalidRequest` and `PromptTooLong`."""
     if body.model not in (None, served.name):
         raise ModelNotFound(str(body.model), served.name)
+    if body.background and body.stream:
+        raise InvalidRequest("background", True, "false where `stream` is true: there is nobody to stream to")
     now_s = time.time()
     prompt_ids = await _prompt_ids(body.prompt, served)
     sampling = _sampling(body, served, room=served.max_model_len - len(prompt_ids))
@@ -66,11 +88,14 @@ async def take_in(body: GenerateRequest, served: Served, tenant: str = "default"
             tenant=tenant,
             priority=body.priority,
             created_s=now_s,
-            deadline_s=None if body.timeout_s is None else now_s + body.timeout_s,
+            deadline_s=now_s + _given(body.timeout_s, served.max_request_s),
+            queue_deadline_s=None if body.queue_timeout_s is None else now_s + body.queue_timeout_s,
+            orphan_s=None if body.background else served.orphan_s,
+            num_choices=body.n,
         )
         for i in range(body.n)
     )
-    return Intake(id, served.name, int(now_s), sampling[0].seed, group)
+    return Intake(group)
 
 
 async def _prompt_ids(prompt: str | list[int], served: Served) -> tuple[int, ...]:

@@ -6,9 +6,10 @@ The one place that knows which error has which status. Nothing from inside the p
 import orjson
 from starlette.responses import Response
 
-from service.errors import InvalidRequest, MillraceError, Overloaded, PromptTooLong, Unavailable
+from service.errors import Handover, InvalidRequest, MillraceError, Overloaded, PromptTooLong, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
+HANDOVER_RETRY_S = 1  # another process serves already, or this one's successor soon
 
 # code -> status, title; the code is the anchor of the error's line on the /docs page
 PROBLEMS: dict[str, tuple[int, str]] = {
@@ -17,6 +18,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "request_not_found": (404, "No such request"),
     "not_found": (404, "No such route"),
     "method_not_allowed": (405, "The route does not take this method"),
+    "idempotency_conflict": (409, "The key belongs to another request"),
     "too_large": (413, "The body is too large"),
     "unsupported_media_type": (415, "The body is not in a form that is taken here"),
     "invalid_request": (422, "A field can't be accepted"),
@@ -59,7 +61,11 @@ def problem(error: MillraceError) -> dict[str, object]:
         case PromptTooLong():
             told |= {"num_prompt_tokens": error.num_prompt_tokens, "limit": error.limit}
         case Overloaded():
-            told |= {"num_waiting": error.num_waiting, "retry_after_s": error.retry_after_s}
+            told |= {
+                "num_waiting": error.num_waiting,
+                "position": error.num_waiting + 1,
+                "retry_after_s": error.retry_after_s,
+            }
     return told
 
 
@@ -69,6 +75,8 @@ def problem_response(error: MillraceError) -> Response:
     headers = dict(error.headers) if isinstance(error, HttpRefusal) else {}
     if isinstance(error, Overloaded | Unavailable):
         headers["Retry-After"] = str(error.retry_after_s)
+    elif isinstance(error, Handover):
+        headers["Retry-After"] = str(HANDOVER_RETRY_S)
     return Response(orjson.dumps(body), PROBLEMS[str(body["code"])][0], headers, MEDIA_TYPE)
 
 

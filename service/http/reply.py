@@ -4,8 +4,11 @@ It knows JSON and field names; it knows no HTTP, no queue and no event framing. 
 the same three methods. What does not change within a request is encoded once.
 
 A stream has one event for each token and then exactly one terminal event. The terminal event names every choice with
-its `finish_reason` and empty text, and carries `usage` and `timings`; if nothing came to a good end it carries `error`
-as well, a problem object. A choice that ends before the others is simply silent until then.
+its `finish_reason` and, as `text`, what was held back until the end; it carries `usage` and `timings`, and if nothing
+came to a good end `error` as well, a problem object. A choice that ends before the others is silent until then.
+
+Every event is a function of the stored request, the ids, their log-probabilities and the terminal entry, so that any
+process writes the same bytes at any time.
 """
 
 from collections.abc import Sequence
@@ -32,11 +35,11 @@ class Native:
     def delta(self, piece: Piece) -> bytes:
         """One event's JSON. This is the hot path: only what the token changes is encoded."""
         logprobs = orjson.dumps(self._logprobs([piece])) if self._with_logprobs else b"null"
-        return b'%b%d,"text":%b,"token_ids":%b,"logprobs":%b,"finish_reason":null,"stop_reason":null}]}' % (
+        return b'%b%d,"text":%b,"token_ids":[%d],"logprobs":%b,"finish_reason":null,"stop_reason":null}]}' % (
             self._head,
             piece.choice,
             orjson.dumps(piece.text),
-            b"[]" if piece.token_id is None else b"[%d]" % piece.token_id,
+            piece.token_id,
             logprobs,
         )
 
@@ -66,8 +69,8 @@ class Native:
         finish = choice.finish
         return {
             "index": choice.index,
-            "text": "".join(piece.text for piece in pieces),
-            "token_ids": [piece.token_id for piece in pieces if piece.token_id is not None],
+            "text": "".join(piece.text for piece in pieces) + choice.held_back,
+            "token_ids": [piece.token_id for piece in pieces],
             "logprobs": self._logprobs(pieces) if self._with_logprobs else None,
             "finish_reason": finish.reason.value if finish else None,
             "stop_reason": finish.stop_reason if finish else None,
@@ -75,13 +78,12 @@ class Native:
 
     def _logprobs(self, pieces: list[Piece]) -> dict[str, list[object]]:
         """In the shape of OpenAI's completions. A number that JSON lacks (-inf) becomes null."""
-        told = [(piece, piece.token_id, piece.logprob) for piece in pieces]
-        known = [(piece, token_id, lp) for piece, token_id, lp in told if token_id is not None and lp is not None]
+        known = [(piece, piece.logprob) for piece in pieces if piece.logprob is not None]
         return {
-            "tokens": [self._tokenizer.token_text(token_id) for _, token_id, _ in known],
-            "token_logprobs": [lp.logprob for _, _, lp in known],
-            "top_logprobs": [self._top(token_id, lp) for _, token_id, lp in known],
-            "text_offset": [piece.offset for piece, _, _ in known],
+            "tokens": [self._tokenizer.token_text(piece.token_id) for piece, _ in known],
+            "token_logprobs": [logprob.logprob for _, logprob in known],
+            "top_logprobs": [self._top(piece.token_id, logprob) for piece, logprob in known],
+            "text_offset": [piece.offset for piece, _ in known],
         }
 
     def _top(self, token_id: int, logprob: TokenLogprob) -> dict[str, float]:

@@ -100,8 +100,19 @@ class GenerateRequest(BaseModel):
     n: int = _integer(1, "How many answers; the first has the given seed, the others seeds made from it", 1, 8)
     stream: bool = _switch("Answer with server-sent events, one for each token")
     echo: bool = _switch("Begin the text with the prompt's; log-probabilities are of generated tokens all the same")
-    timeout_s: float | None = _number_above(None, "End as `timeout` after so long, waiting included", 0, 86400)
-    priority: int = _integer(0, "Lower is served first", -100, 100)
+    timeout_s: float | None = _number_above(
+        None, "End as `timeout` after so long, waiting included; absent is the server's own limit", 0, 86400
+    )
+    queue_timeout_s: float | None = _number_above(None, "End as `timeout` if it still waits after so long", 0, 86400)
+    priority: int = _integer(
+        0, "One of two: -1 goes ahead of the others, until those have waited long; 0 is the usual one", -1, 0
+    )
+    resumable: bool = _switch(
+        "Go on when the client leaves: it can be read again by its id, and is cancelled when nobody has for a while"
+    )
+    background: bool = _switch(
+        "Answer at once with the id and the URL to read it at; it needs no reader. Not with `stream`"
+    )
 
 
 ALLOWED = {
@@ -138,15 +149,17 @@ class Usage(BaseModel):
 
 
 class Timings(BaseModel):
-    """Seconds from the request's arrival, null where it came to no such moment. `queue_s` is until the first claim."""
+    """Seconds from submission to the first claim, the first token and the end; null where it came to no such moment. Of
+    several answers the earliest claim, the earliest token and the latest end."""
 
     queue_s: float | None
     ttft_s: float | None
-    total_s: float
+    total_s: float | None
 
 
 class GenerateAnswer(BaseModel):
-    """The answer, and in the same shape each event of a stream: `usage` and `timings` are in the last one only."""
+    """The answer, and in the same shape each event of a stream: `usage` and `timings` are in the last one only. That
+    one's `text` is what was held back until the end, as the possible beginning of a stop string."""
 
     id: str
     model: str
@@ -155,6 +168,23 @@ class GenerateAnswer(BaseModel):
     choices: list[Choice]
     usage: Usage
     timings: Timings
+
+
+class Submitted(BaseModel):
+    """The answer to a request in the background: where to read it."""
+
+    id: str
+    url: str
+    model: str
+    created: int
+    seed: int
+
+
+class Cancelling(BaseModel):
+    """The answer to a cancellation. What ends it is told by its stream, and may have been something else before."""
+
+    id: str
+    status: Literal["cancelling"]
 
 
 class Problem(BaseModel):
@@ -169,4 +199,5 @@ class Problem(BaseModel):
     num_prompt_tokens: int | None = None
     limit: int | None = None
     num_waiting: int | None = None
+    position: int | None = None
     retry_after_s: int | None = None

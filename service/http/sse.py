@@ -2,9 +2,11 @@
 
 It knows no JSON and no dialect. Lines end in LF, since many clients split on LF LF; a frame is always whole. The id of
 an event is `<request id>:<tokens so far>`, with several choices a count for each: `<id>:12,9`. After the one terminal
-event comes `data: [DONE]`, whatever has happened before.
+event comes `data: [DONE]`, whatever has happened before. Only where this process stops and the request goes on, the
+stream just ends: its reader shall come back with the last id, and `retry` says how soon.
 """
 
+import asyncio
 import logging
 import math
 from collections.abc import AsyncGenerator
@@ -14,20 +16,24 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Receive, Scope, Send
 
+from service.errors import Handover
 from service.http.generation import Generation
 from service.http.reply import Native
 
 PING_S = 10  # a comment at least this often, so that proxies and half-open connections are noticed
 STUCK_S = 30  # a client that takes nothing for so long is cut
+RETRY = b"retry: 1000\n"  # milliseconds
+HANDED_OVER = b": this server stops; read on with the last event id\nretry: 200\n\n"
 DONE = b"data: [DONE]\n\n"
+HEAD = "millrace.head"  # in a scope: the request was a HEAD before it was made a GET
 
 logger = logging.getLogger(__name__)
 
 
 async def events(generation: Generation, dialect: Native) -> AsyncGenerator[bytes, None]:
     """Frames: those of one log entry in one write, then the terminal event and `[DONE]`."""
-    counts = [0] * len(generation.choices)
-    id = generation.intake.id.encode()
+    counts = generation.positions()
+    id, opening = generation.intake.id.encode(), RETRY
 
     def frame(data: bytes) -> bytes:
         return b"id: %b:%b\ndata: %b\n\n" % (id, b",".join([b"%d" % count for count in counts]), data)
@@ -35,15 +41,20 @@ async def events(generation: Generation, dialect: Native) -> AsyncGenerator[byte
     try:
         async with aclosing(generation.pieces()) as batches:
             async for pieces in batches:
-                frames = []
+                frames = [opening]
                 for piece in pieces:
-                    counts[piece.choice] += piece.token_id is not None
+                    counts[piece.choice] += 1
                     frames.append(frame(dialect.delta(piece)))
-                if frames:
-                    yield b"".join(frames)
+                yield b"".join(frames)
+                opening = b""
+    except Handover:
+        generation.hand_over()
+        yield HANDED_OVER
+        return
     except Exception as error:
         generation.fail(error)
-    yield frame(dialect.terminal(generation)) + DONE
+    counts = generation.positions()
+    yield opening + frame(dialect.terminal(generation)) + DONE
 
 
 class EventStream(EventSourceResponse):
@@ -56,6 +67,7 @@ class EventStream(EventSourceResponse):
     def __init__(self, generation: Generation, dialect: Native) -> None:
         super().__init__(
             events(generation, dialect),
+            headers={"Content-Location": f"/generate/{generation.intake.id}"},  # known before there is an event
             sep="\n",
             ping=PING_S,
             ping_message_factory=lambda: ServerSentEvent(comment="waiting", sep="\n"),
@@ -67,8 +79,11 @@ class EventStream(EventSourceResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, or until the client has gone. The events may never start, so cleaning up is here."""
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__({**scope, "method": "HEAD"} if scope.get(HEAD) else scope, receive, send)
         except SendTimeoutError:
             logger.info("request %s: its client took nothing for %d s", self._generation.intake.id, STUCK_S)
+        except asyncio.CancelledError:  # by the server: a client that leaves ends the stream without an exception
+            self._generation.hand_over()
+            raise
         finally:
             await self._generation.close()

@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from service.errors import Unavailable
 from service.http.app import PAGE
 from service.http.problems import PROBLEMS
 from service.http.routes import Backend
@@ -33,6 +35,33 @@ async def test_a_reason_to_stay_away_closes_the_door_again() -> None:
     assert (await door.ask("GET", "/ready")).json() == {"status": "ready"}
 
 
+async def test_ready_may_be_stricter_than_the_door_and_tell_facts() -> None:
+    reasons = ["no worker"]
+    door = Door(backend=Backend(lambda: reasons[0] if reasons else None, lambda: None, lambda: {"workers": 2}))
+    assert (await door.ask("GET", "/ready")).json()["detail"] == "no worker"
+    assert (await door.generate()).status_code == (await door.read()).status_code == 200
+    reasons.clear()
+    assert (await door.ask("GET", "/ready")).json() == {"status": "ready", "workers": 2}
+
+
+async def test_a_door_that_refuses_still_cancels() -> None:
+    refusals: list[str] = []
+    door = Door(backend=Backend(refuse=lambda: refusals[0] if refusals else None))
+    url = f"/generate/{(await door.generate()).json()['id']}"
+    refusals.append("draining")
+    for method in ("POST", "GET"):
+        response = await door.ask(method, "/generate" if method == "POST" else url)
+        assert (response.status_code, response.json()["detail"]) == (503, "draining")
+    assert (await door.ask("GET", "/ready")).status_code == 200
+    assert (await door.ask("DELETE", url)).status_code == 202
+
+
+async def test_what_is_served_may_be_replaced() -> None:
+    door = Door()
+    door.backend.loaded(replace(SERVED, name="other"), door.broker)
+    assert (await door.generate()).json()["model"] == "other"
+
+
 def test_a_backend_is_loading_until_it_is_told_otherwise() -> None:
     assert Backend(lambda: None).ready() == "loading"
 
@@ -48,6 +77,13 @@ async def test_metrics_ask_the_queue() -> None:
     assert response.headers["content-type"].startswith("text/plain")
     assert "millrace_requests_waiting 7.0" in response.text
     assert "millrace_requests_running 2.0" in response.text
+
+
+async def test_metrics_are_told_while_the_queue_is_away() -> None:
+    door = Door()
+    door.broker.away = Unavailable("the queue can't be reached")
+    response = await door.ask("GET", "/metrics")
+    assert (response.status_code, "millrace_requests_accepted_total 0.0" in response.text) == (200, True)
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/docs", "/openapi.json"])
@@ -105,6 +141,18 @@ async def test_openapi_tells_every_field_and_every_problem() -> None:
     assert "prompt" in post["requestBody"]["content"]["application/json"]["schema"]["properties"]
     told = " ".join(response["description"] for response in post["responses"].values())
     assert set(re.findall(r"([a-z_]+): ", told)) >= set(PROBLEMS) - {"not_found", "method_not_allowed"}
+
+
+async def test_openapi_tells_how_to_read_again_and_how_to_cancel() -> None:
+    paths = (await Door().ask("GET", "/openapi.json")).json()["paths"]
+    post, read, cancel = paths["/generate"]["post"], paths["/generate/{id}"]["get"], paths["/generate/{id}"]["delete"]
+    assert [parameter["name"] for parameter in post["parameters"]] == ["Idempotency-Key"]
+    assert [parameter["name"] for parameter in read["parameters"]] == ["id", "Last-Event-ID", "after", "stream"]
+    assert set(post["responses"]) >= {"200", "202", "409", "422"}
+    assert set(post["responses"]["202"]["headers"]) == {"Location"}
+    assert set(read["responses"]) == {"200", "404", "422", "500", "503"}
+    assert set(cancel["responses"]) == {"202", "404", "422", "503"}
+    assert "interleaved" in read["responses"]["200"]["description"]
 
 
 def test_the_http_half_starts_without_torch() -> None:

@@ -64,12 +64,13 @@ async def test_tokens_that_are_due_together_share_one_write() -> None:
     assert len(events_of(b"".join(writes).decode())) == 4
 
 
-async def test_text_held_back_until_an_end_without_a_token_is_not_lost() -> None:
+async def test_text_held_back_until_the_end_is_in_the_terminal_event() -> None:
     a, newline = TOKENIZER.encode("a\n")
     script = [Entry(0, (a, newline)), Entry(2, finish=Finish(FinishReason.TIMEOUT))]
     events = await Door(lambda request: script).stream(stop="\n\n", echo=True)
-    assert [e["choices"][0]["text"] for e in events] == ["hia", "", "\n", ""]
-    assert [e["choices"][0]["token_ids"] for e in events] == [[a], [newline], [], []]
+    assert [e["choices"][0]["text"] for e in events] == ["hia", "", "\n"]
+    assert [e["choices"][0]["token_ids"] for e in events] == [[a], [newline], []]
+    assert [e["event_id"] for e in events] == ["1", "2", "2"]
     assert events[-1]["choices"][0]["finish_reason"] == "timeout"
 
 

@@ -21,7 +21,7 @@ async def test_a_bare_prompt_gets_the_models_defaults() -> None:
     taken = await intake(seed=1)
     (request,) = taken.group
     assert request.sampling == SamplingParams(temperature=0.5, seed=1, max_tokens=62, stop_token_ids=(0,), eos_ids=(0,))
-    assert (request.id, request.model, request.deadline_s) == (taken.id, "tiny", None)
+    assert (request.id, request.model, request.num_choices) == (taken.id, "tiny", 1)
     assert request.prompt_ids == tuple(TOKENIZER.encode("hi"))
 
 
@@ -32,13 +32,13 @@ async def test_what_is_given_wins_over_the_defaults() -> None:
 
 
 async def test_every_other_setting_arrives() -> None:
-    fields: dict[str, Any] = {"presence_penalty": 1, "frequency_penalty": -1, "min_tokens": 2, "priority": -3}
+    fields: dict[str, Any] = {"presence_penalty": 1, "frequency_penalty": -1, "min_tokens": 2, "priority": -1}
     taken = await intake(**fields, logit_bias={"7": 5}, logprobs=0, stop="x", echo=True, max_tokens=9)
     (request,) = taken.group
     sampling = request.sampling
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.min_tokens) == (1, -1, 2)
     assert (sampling.logit_bias, sampling.num_logprobs, sampling.max_tokens) == (((7, 5.0),), 0, 9)
-    assert (request.text.stop, request.text.echo, request.priority) == (("x",), True, -3)
+    assert (request.text.stop, request.text.echo, request.priority) == (("x",), True, -1)
 
 
 async def test_stop_ids_are_the_models_and_the_clients() -> None:
@@ -50,8 +50,36 @@ async def test_stop_ids_are_the_models_and_the_clients() -> None:
 
 async def test_the_deadline_is_on_the_wall_clock() -> None:
     (request,) = (await intake(timeout_s=50)).group
-    assert request.deadline_s == request.created_s + 50
+    assert (request.deadline_s, request.queue_deadline_s) == (request.created_s + 50, None)
     assert abs(time.time() - request.created_s) < 5
+    (request,) = (await intake(queue_timeout_s=7)).group
+    assert request.queue_deadline_s == request.created_s + 7
+
+
+async def test_a_request_that_names_no_time_gets_the_servers() -> None:
+    (request,) = (await intake()).group
+    assert request.deadline_s == request.created_s + 3600
+    body = GenerateRequest(prompt="hi")
+    (request,) = (await take_in(body, replace(SERVED, max_request_s=20.0))).group
+    assert request.deadline_s == request.created_s + 20
+
+
+@pytest.mark.parametrize("fields", [{}, {"resumable": True}])
+async def test_what_needs_a_reader_is_given_up_without_one(fields: dict[str, Any]) -> None:
+    taken = await take_in(GenerateRequest(prompt="hi", n=2, **fields), replace(SERVED, orphan_s=5.0))
+    assert [request.orphan_s for request in taken.group] == [5.0, 5.0]
+
+
+async def test_what_is_asked_for_in_the_background_needs_no_reader() -> None:
+    (request,) = (await intake(background=True)).group
+    assert request.orphan_s is None
+
+
+async def test_a_group_says_of_itself_what_its_answers_say() -> None:
+    taken = await intake(n=2, seed=5)
+    assert [request.id for request in taken.group] == [f"{taken.id}.0", f"{taken.id}.1"]
+    assert (taken.model, taken.seed, taken.created) == ("tiny", 5, int(taken.group[0].created_s))
+    assert [request.num_choices for request in taken.group] == [2, 2]
 
 
 @pytest.mark.parametrize(("num_prompt", "wanted", "granted"), [(10, 5, 5), (10, 500, 54), (63, 500, 1)])
@@ -74,6 +102,7 @@ async def test_an_overlong_prompt_is_told_in_numbers(prompt: Any) -> None:
         ({"stop_token_ids": [256]}, "stop_token_ids"),
         ({"logit_bias": {"256": 1}}, "logit_bias"),
         ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        ({"background": True, "stream": True}, "background"),
     ],
 )
 async def test_what_only_the_model_can_tell_is_checked_here(fields: dict[str, Any], field: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.request import FinishReason
-from service.metrics import Book, Metrics
+from service.metrics import HANDED_OVER, OUTCOMES, Book, Metrics
 
 
 @dataclass(frozen=True)
@@ -25,30 +25,50 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.sampled_from(list(FinishReason)), max_size=3)))
-def test_the_books_balance_however_often_an_end_is_told(ends: list[list[FinishReason]]) -> None:
+@given(st.lists(st.lists(st.sampled_from(OUTCOMES), max_size=3)))
+def test_the_books_balance_however_often_an_end_is_told(ends: list[list[str]]) -> None:
     metrics = Metrics()
     for outcomes in ends:
-        book = Book(metrics, arrived_s=0)
-        book.begin()
+        book = Book(metrics)
+        book.begin(arrived_s=0)
         for outcome in outcomes:
             book.end(outcome, now_s=1)
-    ended = sum(value(metrics, "requests_ended_total", outcome=reason.value) or 0 for reason in FinishReason)
+    ended = sum(value(metrics, "requests_ended_total", outcome=outcome) or 0 for outcome in OUTCOMES)
     assert value(metrics, "requests_accepted_total") == len(ends)
     assert ended == sum(map(bool, ends)) == len(ends) - (value(metrics, "requests_in_flight") or 0)
 
 
 def test_a_sequence_leaves_its_durations() -> None:
     metrics = Metrics()
-    book = Book(metrics, arrived_s=10)
-    book.begin()
+    book = Book(metrics)
+    book.begin(arrived_s=10)
     book.tokens(1, now_s=12)
     book.tokens(4, now_s=14)
     book.end(FinishReason.STOP, now_s=15, queue_s=0.5)
-    assert book.ttft_s == value(metrics, "time_to_first_token_seconds_sum") == 2
+    assert value(metrics, "time_to_first_token_seconds_sum") == 2
     assert value(metrics, "inter_token_seconds_count") == 4
     assert value(metrics, "inter_token_seconds_sum") == 2
     assert (value(metrics, "request_seconds_sum"), value(metrics, "queue_seconds_sum")) == (5, 0.5)
+
+
+def test_a_book_that_never_began_counts_nothing() -> None:
+    metrics = Metrics()
+    book = Book(metrics)
+    book.tokens(3, now_s=12)
+    book.tokens(3, now_s=13)
+    book.end(FinishReason.STOP, now_s=14, queue_s=0.5)
+    names = ("time_to_first_token_seconds", "inter_token_seconds", "queue_seconds", "request_seconds")
+    assert [value(metrics, f"{name}_count") for name in names] == [0] * 4
+    assert value(metrics, "requests_ended_total", outcome="stop") == 0
+
+
+def test_what_was_handed_over_has_an_outcome_but_no_duration() -> None:
+    metrics = Metrics()
+    book = Book(metrics)
+    book.begin(arrived_s=0)
+    book.end(HANDED_OVER, now_s=9)
+    assert value(metrics, "requests_ended_total", outcome="handed_over") == 1
+    assert (value(metrics, "requests_in_flight"), value(metrics, "request_seconds_count")) == (0, 0)
 
 
 def test_steps_add_what_the_engine_counted_since_the_last_one() -> None:

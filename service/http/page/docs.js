@@ -21,6 +21,12 @@ const row = (table, name, about) => {
 const show = (method, path, route, parent) => {
   make("h2", `${method.toUpperCase()} ${path}`, parent);
   make("p", route.summary, parent);
+  if (route.parameters) {
+    const table = make("table", "", parent);
+    for (const given of route.parameters) {
+      row(table, `${given.name}: ${typeOf(given.schema)}, ${given.in}`, given.description ?? "");
+    }
+  }
   const body = route.requestBody?.content["application/json"].schema;
   if (body) {
     const table = make("table", "", parent);
@@ -31,7 +37,8 @@ const show = (method, path, route, parent) => {
   }
   const answers = make("table", "", parent);
   for (const [status, answer] of Object.entries(route.responses)) {
-    const line = row(answers, status, answer.description);
+    const headers = Object.entries(answer.headers ?? {}).map(([name, header]) => ` ${name}: ${header.description}.`);
+    const line = row(answers, status, answer.description + (headers.length ? "." : "") + headers.join(""));
     for (const [code] of answer.description.matchAll(/[a-z_]+(?=: )/g)) make("a", "", line).id = code;
   }
 };
