@@ -475,7 +475,8 @@ local function commit_one(rid, token, start, num, raw, final)
   return 1
 end
 
--- a: worker, lease, number of this commit, then for each request: rid, token, start, number of ids, entry, '1' if final
+-- a: worker, lease, number of this commit, and packed, for each request: rid, token, start, number of ids, entry, final.
+-- Packed, since six times as many arguments would cost the caller more than all the rest.
 local function commit(keys, a)
   begin(keys)
   local w = K .. 'w:' .. a[1]
@@ -485,9 +486,7 @@ local function commit(keys, a)
     return codes
   end
   renew(a[1], a[2])
-  for i = 4, #a, 6 do
-    codes[#codes + 1] = commit_one(a[i], a[i + 1], tonumber(a[i + 2]), tonumber(a[i + 3]), a[i + 4], a[i + 5] == '1')
-  end
+  for _, delta in ipairs(cmsgpack.unpack(a[4])) do codes[#codes + 1] = commit_one(unpack(delta)) end
   call('HSET', w, 'seq', a[3], 'codes', table.concat(codes, ' '))
   return flush(codes)
 end

@@ -118,8 +118,8 @@ class RedisRequests:
                 raise Overloaded(retry_after_s, num_waiting)
             case [b"conflict"]:
                 raise IdempotencyConflict
-            case [b"found", id]:  # our own id: a call whose first reply was lost
-                return Accepted(id.decode(), created=id.decode() == first.group and key is not None)
+            case [b"found", id]:  # also our own, where the first reply was lost
+                return Accepted(id.decode(), created=False)
         return Accepted(reply[1].decode(), position=reply[2])
 
     async def lookup(self, id: str, tenant: str) -> tuple[Request, ...]:

@@ -14,7 +14,6 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import msgpack
 
@@ -98,17 +97,14 @@ class RedisWork:
             return verdicts
         self._num_commits += 1
         tokens = [self._held[delta.id].token for delta in asked]
-        args: list[Any] = []
-        for delta, token in zip(asked, tokens, strict=True):
-            args += (
-                delta.id,
-                token,
-                delta.start,
-                len(delta.token_ids),
-                encode_entry(delta),
-                "1" if delta.finish else "0",
-            )
-        codes = await self._link.call("commit", self._name, self._lease_ms, self._num_commits, *args)
+        packed = msgpack.packb(
+            [
+                (delta.id, token, delta.start, len(delta.token_ids), encode_entry(delta), delta.finish is not None)
+                for delta, token in zip(asked, tokens, strict=True)
+            ],
+            use_bin_type=False,  # Redis's reader is of an older format
+        )
+        codes = await self._link.call("commit", self._name, self._lease_ms, self._num_commits, packed)
         for delta, token, code in zip(asked, tokens, codes, strict=True):
             held = self._held.get(delta.id)
             if held is None or held.token != token:
