@@ -22,19 +22,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from model.request import Delta, Finish, FinishReason, Request
+from model.request import Delta, Request
 from service.broker.base import Job, WorkerSide
 from service.errors import MillraceError
 
 STOP_S = 5.0  # how long a drain waits for the thread to come back from its last step
-FAILURE = "the engine failed while computing this request"
 
 logger = logging.getLogger(__name__)
 Stats = TypeVar("Stats", covariant=True)
 
 
 class EngineFailed(MillraceError):
-    """The engine raised, and everything it was computing has ended with an error. The cause is attached."""
+    """The engine raised, and the broker has back everything that it was computing. The cause is attached."""
 
     code = "engine_failed"
 
@@ -61,12 +60,6 @@ class Report(Generic[Stats]):
     num_jobs: int  # given to the engine before this step
 
 
-@dataclass(slots=True)
-class _Held:
-    job: int  # its number
-    num_tokens: int  # committed
-
-
 class Worker(Generic[Stats]):
     """One engine at work. `observe` is called for every step and must be quick; `clock` is monotonic seconds."""
 
@@ -81,7 +74,7 @@ class Worker(Generic[Stats]):
         self._inbox: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
         self._reports: asyncio.Queue[Report[Stats] | Exception | None] = asyncio.Queue()
         self._committed = threading.Semaphore(1)  # a step may be handed up
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, int] = {}  # the number of its job
         self._room = engine.room()
         self._num_jobs = 0  # put into the inbox
         self._num_jobs_in = 0  # of those, known to be in the engine
@@ -101,7 +94,7 @@ class Worker(Generic[Stats]):
         return self._clock() - self._progress_s if self._held else 0.0
 
     async def run(self) -> None:
-        """Work until `drain`. Raises `EngineFailed` once everything held has its terminal entry."""
+        """Work until `drain`. Raises `EngineFailed` once everything held was abandoned."""
         if self._draining:
             return
         loop = asyncio.get_running_loop()
@@ -163,7 +156,7 @@ class Worker(Generic[Stats]):
         if not self._held:
             self._progress_s = self._clock()
         self._num_jobs += 1
-        self._held[job.request.id] = _Held(self._num_jobs, len(job.so_far))
+        self._held[job.request.id] = self._num_jobs
         self._inbox.put(job)
 
     async def _stop_claiming(self) -> None:
@@ -177,9 +170,7 @@ class Worker(Generic[Stats]):
         step = [delta for delta in report.deltas if self._holds(delta, report.num_jobs)]
         verdicts = await self._broker.commit(step)
         for delta in step:
-            if delta.finish is None:
-                self._held[delta.id].num_tokens = delta.start + len(delta.token_ids)
-            else:
+            if delta.finish is not None:
                 del self._held[delta.id]
         for id in verdicts:
             self._held.pop(id, None)
@@ -191,13 +182,12 @@ class Worker(Generic[Stats]):
         self._reported.clear()
 
     def _holds(self, delta: Delta, num_jobs: int) -> bool:
-        held = self._held.get(delta.id)
-        return held is not None and held.job <= num_jobs
+        job = self._held.get(delta.id)
+        return job is not None and job <= num_jobs
 
     async def _fail(self, error: Exception) -> None:
         logger.error("the engine failed with %d requests in it", len(self._held), exc_info=error)
-        finish = Finish(FinishReason.ERROR, error=FAILURE)
-        await self._broker.commit([Delta(id, held.num_tokens, finish=finish) for id, held in self._held.items()])
+        await self._broker.abandon(list(self._held))
         self._held.clear()
         raise EngineFailed("the engine failed") from error
 

@@ -1,50 +1,49 @@
 """The in-process broker: a real one, with everything but durability. Nothing of it survives the process.
 
 Owns the queue, the logs and the timers of one event loop; every call runs on it and changes state without an await in
-between, so there is no lock. It knows no engine and no HTTP. Requests and entries are kept as the codec's bytes, so
-what comes out has crossed the same boundary as in any other broker.
+between, so there is no lock. It knows no engine and no HTTP. Requests are kept as the codec's bytes, so what comes out
+has crossed the same boundary as in any other broker.
 
-Ledger. A request is in `_records` from submit until `keep_s` after its end. Waiting, it is also in `_waiting`; running,
-it is held by the worker, and in `_doomed` once it was cancelled or its time ran out; ended, in neither. `_doomed` is
-emptied by every commit, and whoever got in there first decides the reason. An end that the worker reports in that very
-commit comes too late: it is dropped with the ids beside it, for the cancellation was there before.
+Ledger. A group is in `_groups` from submit until `keep_s` after the end of its last request, and for so long its
+requests are in `_records` and its idempotency key is in `_keys`. Waiting, a request is also in `_queue`; running, it is
+held by the worker, and in `_doomed` once it was cancelled or its time ran out; ended, in neither. `_doomed` is emptied
+by every commit, and whoever got in there first decides the reason. An end that the worker reports in that very commit
+comes too late: it is dropped with the ids beside it, for the cancellation was there before.
 """
 
 import asyncio
-import itertools
-import math
 import time
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import Protocol
 
 from model.request import Delta, Finish, FinishReason, Request
-from service.broker.base import Accepted, Entry, Job, QueueLoad, Verdict
-from service.broker.codec import decode_entry, decode_request, encode_entry, encode_request
-from service.errors import Overloaded, RequestNotFound, Unavailable
+from service.broker.base import (
+    CANCELLED,
+    OUT_OF_QUEUE_TIME,
+    OUT_OF_TIME,
+    Accepted,
+    Entry,
+    IdempotencyKey,
+    Job,
+    QueueLoad,
+    Timings,
+    Verdict,
+)
+from service.broker.codec import decode_request, encode_request
+from service.broker.fair import FairQueue, Ticket, cost
+from service.broker.log import Log
+from service.broker.pace import Pace
+from service.broker.timers import CallLater, Timers
+from service.errors import IdempotencyConflict, Overloaded, RequestNotFound, Unavailable
 
-RETRY_AFTER_S = (1, 60)  # the range of what a refused client is told
-INTERVAL_WEIGHT = 0.1  # of the latest interval between two ends, in the moving average
+FAILURE = "the engine failed while computing this request"
 
 FINISHES = {
-    Verdict.CANCELLED: Finish(FinishReason.CANCELLED),
-    Verdict.EXPIRED: Finish(FinishReason.TIMEOUT),
+    Verdict.CANCELLED: CANCELLED,
+    Verdict.EXPIRED: Finish(FinishReason.TIMEOUT, stop_reason=OUT_OF_TIME),
 }
-
-
-class Timer(Protocol):
-    """What `call_later` returns."""
-
-    def cancel(self) -> object: ...
-
-
-class CallLater(Protocol):
-    """`loop.call_later`, or a test's."""
-
-    def __call__(self, delay_s: float, callback: Callable[[], object], /) -> Timer: ...
 
 
 class State(Enum):
@@ -54,35 +53,41 @@ class State(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class _Record:
-    """One request with its log. `timer` is its deadline until the end, then the expiry of the log."""
+class _Group:
+    """What was submitted together. `key` is the tenant and the name of its idempotency key."""
 
     id: str
     tenant: str
+    key: tuple[str, str] | None
+    body: str
+    records: "list[_Record]" = field(default_factory=list)
+    num_open: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Record:
+    """One request with its log. Its timers run until its end: `deadline`, `queue` until the first claim, `orphan` while
+    nobody follows."""
+
+    group: _Group
+    id: str
     payload: bytes
     num_prompt_tokens: int
-    order: tuple[int, int]  # priority, arrival
-    submitted_s: float
+    orphan_s: float | None
+    ticket: Ticket
+    timers: Timers
     state: State = State.WAITING
     queue_s: float | None = None
-    num_tokens: int = 0
-    log: list[bytes] = field(default_factory=list)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)  # pulsed at every entry
-    timer: Timer | None = None
-
-
-def _order(record: _Record) -> tuple[int, int]:
-    return record.order
-
-
-def _start(raw: bytes) -> int:
-    return decode_entry(raw).start
+    ttft_s: float | None = None
+    num_readers: int = 0
+    log: Log = field(default_factory=Log)
 
 
 class MemoryBroker:
-    """Both sides of the contract in `base.py`. Claims go by priority, then arrival.
+    """Both sides of the contract in `base.py`.
 
-    `max_waiting` and `max_waiting_tokens` (of prompts) bound what waits, `keep_s` is how long a log outlives its end.
+    `max_waiting` and `max_waiting_tokens` (of prompts) bound what waits, `keep_s` is how long a log outlives its end,
+    `weights` are the tenants' in fair queueing, 1 where absent. `clock` is wall-clock seconds, the one of deadlines.
     """
 
     def __init__(
@@ -90,92 +95,104 @@ class MemoryBroker:
         max_waiting: int,
         max_waiting_tokens: int,
         keep_s: float = 120.0,
+        weights: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.time,
         call_later: CallLater | None = None,
     ) -> None:
         self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
         self._keep_s, self._clock, self._call_later = keep_s, clock, call_later
+        self._groups: dict[str, _Group] = {}
         self._records: dict[str, _Record] = {}
-        self._waiting: list[_Record] = []  # sorted by order
+        self._keys: dict[tuple[str, str], _Group] = {}
+        self._queue = FairQueue(weights)
         self._num_waiting_tokens = 0
         self._num_running = 0
         self._doomed: dict[str, Verdict] = {}
-        self._arrivals = itertools.count()
         self._arrived = asyncio.Event()
         self._refusal: str | None = None
-        self._last_end_s = 0.0  # of a running request, or when work began after a pause
-        self._end_interval_s: float | None = None
+        self._pace = Pace()
 
     # --- the HTTP half -----------------------------------------------------------------------------------------------
 
-    async def submit(self, group: Sequence[Request]) -> Accepted:
-        """Queue a group whole; its first id submitted again is found again. Raises `Overloaded`, `Unavailable`."""
+    async def submit(self, group: Sequence[Request], key: IdempotencyKey | None = None) -> Accepted:
+        """What is known already is found again, even if nothing new would be taken in."""
         first, now = group[0], self._clock()
-        if first.id in self._records:
-            return Accepted(first.id, created=False)
+        named = None if key is None else (first.tenant, key.name)
+        known = self._keys.get(named) if named else None
+        if known is not None and key is not None and known.body != key.body:
+            raise IdempotencyConflict
+        known = known or self._groups.get(first.group)
+        if known is not None:
+            return Accepted(known.id, created=False)
         if self._refusal is not None:
             raise Unavailable(self._refusal)
         if self._is_full(len(group), sum(len(request.prompt_ids) for request in group)):
-            raise Overloaded(self._retry_after_s(), len(self._waiting))
-        if not self._waiting and not self._num_running:
-            self._last_end_s = now
-        records = [self._record(request, now) for request in group]
-        position = bisect_left(self._waiting, records[0].order, key=_order)
-        for record in records:
-            self._records[record.id] = record
-            self._enqueue(record)
-        return Accepted(first.id, position=position)
+            raise Overloaded(self._pace.retry_after_s(len(self._queue)), len(self._queue))
+        if not self._queue and not self._num_running:
+            self._pace.begin(now)
+        payloads = [encode_request(request) for request in group]  # what can't be written changes nothing
+        new = _Group(first.group, first.tenant, named, key.body if key else "")
+        self._groups[new.id] = new
+        if named:
+            self._keys[named] = new
+        for request, payload in zip(group, payloads, strict=True):
+            self._admit(new, request, payload, now)
+        return Accepted(new.id, position=self._queue.position(new.records[0].ticket))
+
+    async def lookup(self, id: str, tenant: str) -> tuple[Request, ...]:
+        """The stored group. Raises `RequestNotFound`."""
+        group = self._groups.get(id)
+        if group is None or group.tenant != tenant:
+            raise _unknown(id)
+        return tuple(decode_request(record.payload) for record in group.records)
 
     async def follow(self, id: str, tenant: str, after: int = 0) -> AsyncIterator[Entry]:
         """Read the log itself: a slow reader costs nothing. Raises `RequestNotFound` where its first entry would be."""
-        record = self._records.get(id)
-        if record is None or record.tenant != tenant:
-            raise RequestNotFound(f"no request {id}")
-        index = max(0, bisect_right(record.log, after, key=_start) - 1)
-        while True:
-            while index < len(record.log):
-                entry = decode_entry(record.log[index])
-                index += 1
-                if entry.start < after:
-                    entry = _since(entry, after)
-                if entry.token_ids or entry.finish:
-                    yield entry
-                if entry.finish:
-                    return
-            await record.changed.wait()
+        record = self._find(id, tenant)
+        if record is None:
+            raise _unknown(id)
+        record.num_readers += 1
+        record.timers.stop("orphan")
+        try:
+            async for entry in record.log.read(after):
+                yield entry
+        finally:
+            record.num_readers -= 1
+            self._watch_orphan(record)
 
     async def cancel(self, id: str, tenant: str) -> None:
-        record = self._records.get(id)
-        if record is not None and record.tenant == tenant:
+        """End it, at once or with the next commit."""
+        record = self._find(id, tenant)
+        if record is not None:
             self._doom(record, Verdict.CANCELLED)
 
     async def load(self) -> QueueLoad:
-        oldest_s = min((record.submitted_s for record in self._waiting), default=math.inf)
+        """How much there is to do."""
         return QueueLoad(
-            num_waiting=len(self._waiting),
+            num_waiting=len(self._queue),
             num_running=self._num_running,
-            oldest_wait_s=max(0.0, self._clock() - oldest_s),
+            oldest_wait_s=max(0.0, self._clock() - self._queue.oldest_s()),
             full=self._is_full(1, 1),
-            retry_after_s=self._retry_after_s(),
+            retry_after_s=self._pace.retry_after_s(len(self._queue)),
         )
 
     # --- the worker --------------------------------------------------------------------------------------------------
 
     async def claim(self, room: int) -> list[Job]:
         """Nothing is awaited once a request was taken, so a claim that is cancelled has taken none."""
-        while not self._waiting:
+        while not self._queue:
             self._arrived.clear()
             await self._arrived.wait()
-        now = self._clock()
         jobs = []
-        for record in self._waiting[:room]:
-            self._dequeue(record)
-            record.state = State.RUNNING
+        for _ in range(min(room, len(self._queue))):
+            record = self._records[self._queue.take().id]
+            self._num_waiting_tokens -= record.num_prompt_tokens
             self._num_running += 1
+            record.state = State.RUNNING
             if record.queue_s is None:
-                record.queue_s = max(0.0, now - record.submitted_s)
-            so_far = tuple(id for raw in record.log for id in decode_entry(raw).token_ids)
-            jobs.append(Job(decode_request(record.payload), so_far))
+                record.queue_s = self._age_s(record)
+                record.timers.stop("queue")
+            jobs.append(Job(decode_request(record.payload), record.log.since(0).token_ids))
         return jobs
 
     async def commit(self, step: Sequence[Delta]) -> Mapping[str, Verdict]:
@@ -187,12 +204,10 @@ class MemoryBroker:
                 verdicts[delta.id] = Verdict.FENCED
             elif delta.id in self._doomed:
                 continue
-            elif delta.start != record.num_tokens:
+            elif delta.start != record.log.num_tokens:
                 verdicts[delta.id] = Verdict.FENCED
                 self._requeue(record)
-            elif delta.finish is not None:
-                self._end(record, delta)
-            elif delta.token_ids:
+            else:
                 self._append(record, delta)
         for id, verdict in self._doomed.items():
             verdicts[id] = verdict
@@ -201,15 +216,14 @@ class MemoryBroker:
         return verdicts
 
     async def release(self, ids: Iterable[str]) -> None:
-        for id in ids:
-            record = self._records.get(id)
-            if record is None or record.state is not State.RUNNING:
-                continue
-            verdict = self._doomed.pop(id, None)
-            if verdict is None:
-                self._requeue(record)
-            else:
-                self._finish(record, FINISHES[verdict])
+        """Back to their old places, but for those that were to end anyway."""
+        for record in self._taken_back(ids):
+            self._requeue(record)
+
+    async def abandon(self, ids: Iterable[str]) -> None:
+        """They end as errors: there is no other engine in this process."""
+        for record in self._taken_back(ids):
+            self._finish(record, Finish(FinishReason.ERROR, error=FAILURE))
 
     # --- the composition root ----------------------------------------------------------------------------------------
 
@@ -226,31 +240,46 @@ class MemoryBroker:
 
     # --- one request -------------------------------------------------------------------------------------------------
 
-    def _record(self, request: Request, now: float) -> _Record:
+    def _find(self, id: str, tenant: str) -> _Record | None:
+        record = self._records.get(id)
+        return record if record is not None and record.group.tenant == tenant else None
+
+    def _admit(self, group: _Group, request: Request, payload: bytes, now: float) -> None:
         assert request.id not in self._records, "ids are drawn at random: one that is known can't be another's"
-        order = (request.priority, next(self._arrivals))
-        record = _Record(
-            request.id, request.tenant, encode_request(request), len(request.prompt_ids), order, submitted_s=now
-        )
-        if request.deadline_s is not None:
-            delay_s = max(0.0, request.deadline_s - now)
-            record.timer = self._later(delay_s, partial(self._doom, record, Verdict.EXPIRED))
-        return record
-
-    def _enqueue(self, record: _Record) -> None:
-        insort(self._waiting, record, key=_order)
+        ticket = self._queue.add(request.id, request.tenant, cost(request), now, request.priority)
+        timers = Timers(self._call_later)
+        record = _Record(group, request.id, payload, len(request.prompt_ids), request.orphan_s, ticket, timers)
+        self._records[record.id] = record
+        group.records.append(record)
+        group.num_open += 1
         self._num_waiting_tokens += record.num_prompt_tokens
+        if request.queue_deadline_s is not None:
+            late = partial(self._finish, record, Finish(FinishReason.TIMEOUT, stop_reason=OUT_OF_QUEUE_TIME))
+            timers.start("queue", request.queue_deadline_s - now, late)
+        if request.deadline_s is not None:
+            timers.start("deadline", request.deadline_s - now, partial(self._doom, record, Verdict.EXPIRED))
+        self._watch_orphan(record)
         self._arrived.set()
-
-    def _dequeue(self, record: _Record) -> None:
-        del self._waiting[bisect_left(self._waiting, record.order, key=_order)]
-        self._num_waiting_tokens -= record.num_prompt_tokens
 
     def _requeue(self, record: _Record) -> None:
         """From running back to its old place."""
         record.state = State.WAITING
         self._num_running -= 1
-        self._enqueue(record)
+        self._num_waiting_tokens += record.num_prompt_tokens
+        self._queue.put_back(record.ticket)
+        self._arrived.set()
+
+    def _taken_back(self, ids: Iterable[str]) -> Iterator[_Record]:
+        """Those of them that run, less the doomed, which end."""
+        for id in ids:
+            record = self._records.get(id)
+            if record is None or record.state is not State.RUNNING:
+                continue
+            verdict = self._doomed.pop(id, None)
+            if verdict is None:
+                yield record
+            else:
+                self._finish(record, FINISHES[verdict])
 
     def _doom(self, record: _Record, verdict: Verdict) -> None:
         """End what waits; what runs ends at the next commit, for the first of the reasons."""
@@ -260,56 +289,54 @@ class MemoryBroker:
             self._doomed.setdefault(record.id, verdict)
 
     def _finish(self, record: _Record, finish: Finish) -> None:
-        self._end(record, Delta(record.id, record.num_tokens, finish=finish))
+        self._append(record, Delta(record.id, record.log.num_tokens, finish=finish))
 
-    def _end(self, record: _Record, last: Delta) -> None:
-        """Write the one terminal entry; from here on only the expiry of the log is left."""
+    def _append(self, record: _Record, delta: Delta) -> None:
+        timings = None
+        if delta.token_ids and record.ttft_s is None:
+            record.ttft_s = self._age_s(record)
+        if delta.finish is not None:
+            timings = Timings(record.queue_s, record.ttft_s, self._age_s(record))
+            self._leave(record)
+        record.log.append(Entry(delta.start, delta.token_ids, delta.logprobs, delta.finish, timings))
+
+    def _leave(self, record: _Record) -> None:
+        """It ends here. With the last of a group, the time of their logs begins to run."""
         if record.state is State.WAITING:
-            self._dequeue(record)
+            self._queue.remove(record.ticket)
+            self._num_waiting_tokens -= record.num_prompt_tokens
         else:
             self._num_running -= 1
-            self._measure_end()
+            self._pace.end(self._clock())
         record.state = State.ENDED
-        self._append(record, last, record.queue_s)
-        if record.timer is not None:
-            record.timer.cancel()
-        record.timer = self._later(self._keep_s, partial(self._records.pop, record.id))
+        record.timers.stop_all()
+        record.group.num_open -= 1
+        if not record.group.num_open:
+            Timers(self._call_later).start("keep", self._keep_s, partial(self._forget, record.group))
 
-    def _append(self, record: _Record, delta: Delta, queue_s: float | None = None) -> None:
-        record.log.append(encode_entry(delta, queue_s))
-        record.num_tokens += len(delta.token_ids)
-        record.changed.set()
-        record.changed.clear()
+    def _forget(self, group: _Group) -> None:
+        del self._groups[group.id]
+        if group.key is not None:
+            del self._keys[group.key]
+        for record in group.records:
+            del self._records[record.id]
 
-    def _later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
-        """Delays, not instants: a step of the wall clock moves no deadline that is already running."""
-        call_later = self._call_later or asyncio.get_running_loop().call_later
-        return call_later(delay_s, callback)
+    def _age_s(self, record: _Record) -> float:
+        return round(max(0.0, self._clock() - record.ticket.submitted_s), 6)
+
+    def _watch_orphan(self, record: _Record) -> None:
+        if record.orphan_s is not None and not record.num_readers and record.state is not State.ENDED:
+            record.timers.start("orphan", record.orphan_s, partial(self._doom, record, Verdict.CANCELLED))
 
     # --- load --------------------------------------------------------------------------------------------------------
 
     def _is_full(self, num_requests: int, num_tokens: int) -> bool:
         """An empty queue takes any group: one that is larger than the limits would otherwise never be served."""
-        return bool(self._waiting) and (
-            len(self._waiting) + num_requests > self._max_waiting
+        return bool(self._queue) and (
+            len(self._queue) + num_requests > self._max_waiting
             or self._num_waiting_tokens + num_tokens > self._max_waiting_tokens
         )
 
-    def _measure_end(self) -> None:
-        """Follow the mean time between two ends while there is work: its inverse is the throughput."""
-        now = self._clock()
-        interval_s = max(0.0, now - self._last_end_s)
-        mean_s = interval_s if self._end_interval_s is None else self._end_interval_s
-        self._end_interval_s = mean_s + INTERVAL_WEIGHT * (interval_s - mean_s)
-        self._last_end_s = now
 
-    def _retry_after_s(self) -> int:
-        """Until what waits now will have been served, at the measured throughput."""
-        low, high = RETRY_AFTER_S
-        return min(high, max(low, math.ceil(len(self._waiting) * (self._end_interval_s or 0.0))))
-
-
-def _since(entry: Entry, position: int) -> Entry:
-    """The part of an entry from an output position on."""
-    skip = min(position - entry.start, len(entry.token_ids))
-    return replace(entry, start=entry.start + skip, token_ids=entry.token_ids[skip:], logprobs=entry.logprobs[skip:])
+def _unknown(id: str) -> RequestNotFound:
+    return RequestNotFound(f"no request {id}")

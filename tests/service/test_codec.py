@@ -42,10 +42,10 @@ def test_a_request_comes_back_as_it_was(request_: Request) -> None:
     assert decode_request(encode_request(request_)) == request_
 
 
-@given(every_field_of(Delta, strategies()), st.none() | FLOATS)
-def test_a_delta_becomes_an_entry_with_all_it_said(delta: Delta, queue_s: float | None) -> None:
-    entry = decode_entry(encode_entry(delta, queue_s))
-    assert entry == Entry(delta.start, delta.token_ids, delta.logprobs, delta.finish, queue_s)
+@given(every_field_of(Delta, strategies()))
+def test_a_delta_becomes_an_entry_with_all_it_said(delta: Delta) -> None:
+    entry = decode_entry(encode_entry(delta))
+    assert entry == Entry(delta.start, delta.token_ids, delta.logprobs, delta.finish)
     assert entry.finish is None or type(entry.finish.reason) is FinishReason
 
 

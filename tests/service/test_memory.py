@@ -6,24 +6,35 @@ import time
 import pytest
 
 from model.request import Delta, Finish, FinishReason
-from service.broker.base import Entry
-from service.broker.memory import MemoryBroker
-from service.errors import Unavailable
-from tests.service.helpers_broker import STOP, FakeClock, ask, read, reason, token_ids
+from service.broker.base import Entry, IdempotencyKey, Timings
+from service.broker.memory import FAILURE, MemoryBroker
+from service.errors import IdempotencyConflict, RequestNotFound, Unavailable
+from tests.service.helpers_broker import STOP, FakeClock, ask, ask_group, ending, read, reading, reason, token_ids
 
 
 def broker(clock: FakeClock, max_waiting: int = 100) -> MemoryBroker:
-    return MemoryBroker(max_waiting, 10_000, 60.0, clock, clock.call_later)
+    return MemoryBroker(max_waiting, 10_000, 60.0, None, clock, clock.call_later)
 
 
 async def test_a_draining_broker_refuses_and_goes_on_with_what_it_has() -> None:
     memory = broker(FakeClock())
-    await memory.submit([ask("a")])
+    await memory.submit([ask("a")], IdempotencyKey("k", "body"))
     memory.stop_accepting("draining")
     with pytest.raises(Unavailable, match="draining"):
-        await memory.submit([ask("b")])
+        await memory.submit([ask("b")], IdempotencyKey("new", "body"))
     assert not (await memory.submit([ask("a")])).created
+    assert (await memory.submit([ask("b")], IdempotencyKey("k", "body"))).id == "a"
+    with pytest.raises(IdempotencyConflict):
+        await memory.submit([ask("b")], IdempotencyKey("k", "other"))
     assert len(await memory.claim(1)) == 1
+
+
+async def test_what_can_not_be_written_is_not_queued() -> None:
+    memory = broker(clock := FakeClock())
+    with pytest.raises(UnicodeEncodeError):
+        await memory.submit([*ask_group("a", 2, deadline_s=2000.0), ask("a.2", model="\ud800")])
+    assert (await memory.load()).num_waiting == clock.num_timers == 0
+    assert (await memory.submit([ask("a")])).created
 
 
 async def test_end_all_leaves_every_request_one_terminal_entry() -> None:
@@ -42,21 +53,48 @@ async def test_end_all_leaves_every_request_one_terminal_entry() -> None:
     assert await memory.commit([]) == {}
 
 
+async def test_an_abandoned_request_says_nothing_of_the_cause() -> None:
+    memory = broker(FakeClock())
+    await memory.submit([ask("a")])
+    await memory.claim(1)
+    await memory.abandon(["a"])
+    assert ending(await read(memory, "a")) == Finish(FinishReason.ERROR, error=FAILURE)
+
+
+async def test_a_group_is_kept_until_its_last_sequence_has_been_over_for_long_enough() -> None:
+    memory = broker(clock := FakeClock())
+    await memory.submit(group := ask_group("a", 2), IdempotencyKey("k", "body"))
+    await memory.claim(2)
+    await memory.commit([Delta("a.0", 0, (7,), finish=STOP)])
+    clock.advance(500.0)
+    await memory.commit([Delta("a.1", 0, (8,), finish=STOP)])
+    clock.advance(59.0)
+    assert await memory.lookup("a", "default") == tuple(group)
+    assert [token_ids(await read(memory, request.id)) for request in group] == [[7], [8]]
+    clock.advance(2.0)
+    with pytest.raises(RequestNotFound):
+        await memory.lookup("a", "default")
+
+
 async def test_nothing_is_left_of_requests_whose_time_is_over() -> None:
     clock = FakeClock()
     memory = broker(clock)
     for round in range(5):
         for i in range(10):
-            await memory.submit([ask(f"{round}.{i}", deadline_s=clock() + i)])
-            await memory.submit([ask(f"{round}.{i}.far", deadline_s=clock() + 1e6)])
-            await memory.cancel(f"{round}.{i}.far", "default")
+            id, far_s = f"{round}.{i}", clock() + 1e6
+            await memory.submit([ask(id, tenant=id, deadline_s=clock() + i, queue_deadline_s=clock() + 5)])
+            await memory.submit(ask_group(f"{id}.all", 2, orphan_s=1e6, priority=-1), IdempotencyKey(id, "body"))
+            await memory.submit([ask(f"{id}.far", deadline_s=far_s, queue_deadline_s=far_s, orphan_s=20.0)])
+            async with reading(memory, f"{id}.all.0"), reading(memory, f"{id}.far"):
+                await asyncio.sleep(0)
+            for choice in range(2):
+                await memory.cancel(f"{id}.all.{choice}", "default")
         await memory.claim(5)
         clock.advance(100.0)
         await memory.commit([])
         clock.advance(100.0)
-    assert not memory._records
-    assert not memory._waiting
-    assert not memory._doomed
+    assert not (memory._records or memory._groups or memory._keys or memory._doomed)
+    assert (len(memory._queue), memory._queue.num_tenants) == (0, 0)
     assert (memory._num_waiting_tokens, memory._num_running, clock.num_timers) == (0, 0, 0)
 
 
@@ -71,7 +109,9 @@ async def test_a_slow_reader_holds_up_nobody_and_misses_nothing() -> None:
         await memory.commit([Delta("a", i, (i,))])
     await memory.commit([Delta("a", 50, finish=STOP)])
     assert token_ids(await read(memory, "a")) == list(range(50))
-    assert token_ids([entry async for entry in slow]) == list(range(1, 50))
+    rest = [entry async for entry in slow]
+    assert token_ids(rest) == list(range(1, 50))
+    assert rest[-1].timings == Timings(0.0, 0.0, 0.0)
 
 
 async def test_idle_time_does_not_count_as_slow_work() -> None:
@@ -89,6 +129,7 @@ async def test_idle_time_does_not_count_as_slow_work() -> None:
 
 async def test_real_timers_and_the_real_clock() -> None:
     memory = MemoryBroker(10, 1000)
-    await memory.submit([ask("a", deadline_s=time.time() + 0.02)])
-    async with asyncio.timeout(5):
-        assert reason(await read(memory, "a")) == FinishReason.TIMEOUT
+    await memory.submit([ask("orphan", orphan_s=0.01)])
+    await memory.submit([ask("late", deadline_s=time.time() + 0.05)])
+    assert reason(await read(memory, "late")) == FinishReason.TIMEOUT
+    assert reason(await read(memory, "orphan")) == FinishReason.CANCELLED
