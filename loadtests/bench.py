@@ -24,7 +24,7 @@ import torch
 from loadtests.client import Stream, stream
 from model.engine.engine import Engine
 from model.request import Request, SamplingParams
-from service.serve import spare_cores
+from service.work import spare_cores
 
 BUNDLED = Path(__file__).parent.parent / "model" / "bundled"
 PROMPT = (

@@ -4,6 +4,7 @@ Heavy rooms are imported only by the command that needs them, so that `--help` a
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -11,8 +12,9 @@ from importlib import import_module
 from model.chat_template import ChatTemplateError
 from model.config import CheckpointError, EngineConfigError
 from model.training.options import OptionError, add_arguments
+from service.child import die_with
 from service.errors import MillraceError
-from service.settings import SettingsError
+from service.settings import Settings, SettingsError
 
 STARTUP_FAILED = 3
 REFUSALS = (ChatTemplateError, CheckpointError, EngineConfigError, OptionError, SettingsError, MillraceError)
@@ -23,6 +25,9 @@ EPILOG = """examples:
   millrace generate "Once upon a time"
   millrace chat                                    talk to the server on http://127.0.0.1:8000
   millrace train --data stories.txt --out my-model
+in parts, any number of each, that meet in a Redis:
+  millrace api --redis-url redis://localhost       HTTP, without a GPU or the weights
+  millrace worker --redis-url redis://localhost    an engine
 """
 
 
@@ -33,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _serve_arguments(commands.add_parser("serve", help="serve a model over HTTP"))
+    _api_arguments(commands.add_parser("api", help="HTTP alone, before a queue in Redis"))
+    _worker_arguments(commands.add_parser("worker", help="an engine alone, behind a queue in Redis"))
+    _engine_arguments(commands.add_parser("engine"))  # for a worker's own use, and not listed
     _generate_arguments(commands.add_parser("generate", help="write a text to the terminal"))
     _chat_arguments(commands.add_parser("chat", help="talk to a running server"))
     _train_arguments(commands.add_parser("train", help="train a model from text"))
@@ -55,11 +63,37 @@ def _is_refusal(error: Exception) -> bool:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a Hugging Face folder (default: the bundled storyteller)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
+
+
+def _engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output together")
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences computed in one step")
     parser.add_argument("--cache-gib", type=float, metavar="GIB", help="memory for the paged cache")
+
+
+def _worker_options(parser: argparse.ArgumentParser) -> None:
+    _engine_options(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads that compute; default: cores - 1")
+    parser.add_argument("--stuck-s", type=float, metavar="S", help="seconds without a step until an engine has failed")
+    parser.add_argument("--lease-s", type=float, metavar="S", help="seconds that a silent worker keeps its requests")
+
+
+def _process_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--redis-url", metavar="URL", help="redis://[user:password@]host:port, best in the environment")
+    parser.add_argument("--drain-s", type=float, metavar="S", help="on SIGTERM, seconds for running requests to end")
+    parser.add_argument("--log-json", action="store_const", const=True, help="log lines as JSON")
+
+
+def _door_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-name", help="the name clients use (default: the folder's)")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait before new ones get 429")
+    parser.add_argument("--keep-s", type=float, metavar="S", help="seconds that an ended request can be read again")
+    parser.add_argument("--orphan-s", type=float, metavar="S", help="seconds that a resumable one runs with no reader")
+    parser.add_argument("--max-request-s", type=float, metavar="S", help="longest life of a request")
 
 
 def _lazily(room: str, function: str) -> Callable[[argparse.Namespace], None]:
@@ -69,21 +103,63 @@ def _lazily(room: str, function: str) -> Callable[[argparse.Namespace], None]:
     return run
 
 
+def _settings(args: argparse.Namespace, needs_redis: bool = False) -> Settings:
+    own = ("run", "parent", "name", "keeper", "up")
+    settings = Settings.load(
+        **{key: value for key, value in vars(args).items() if key not in own and value is not None}
+    )
+    if needs_redis and settings.redis_url is None:
+        raise SettingsError("--redis-url or MILLRACE_REDIS_URL: missing; give one, such as redis://localhost:6379/0")
+    return settings
+
+
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser)
-    parser.add_argument("--model-name", help="the name clients use (default: the folder's)")
-    parser.add_argument("--host")
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads that compute; default: cores - 1")
-    parser.add_argument("--drain-s", type=float, metavar="S", help="on SIGTERM, seconds for running requests to end")
-    parser.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait before new ones get 429")
-    parser.add_argument("--log-json", action="store_const", const=True, help="log lines as JSON")
-    parser.set_defaults(run=_lazily("service.serve", "serve"))
+    for options in (_model_arguments, _worker_options, _door_options, _process_options):
+        options(parser)
+    parser.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    settings = _settings(args)
+    import_module("service.serve" if settings.redis_url is None else "service.api").serve(settings)
+
+
+def _api_arguments(parser: argparse.ArgumentParser) -> None:
+    for options in (_model_arguments, _door_options, _process_options):
+        options(parser)
+    parser.set_defaults(run=lambda args: import_module("service.api").api(_settings(args, needs_redis=True)))
+
+
+def _worker_arguments(parser: argparse.ArgumentParser) -> None:
+    for options in (_model_arguments, _worker_options, _process_options):
+        options(parser)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the process to end with
+    parser.set_defaults(run=_worker)
+
+
+def _worker(args: argparse.Namespace) -> None:
+    if args.parent is not None:
+        die_with(args.parent, signal.SIGTERM)
+    import_module("service.keeper").keep(_settings(args, needs_redis=True))
+
+
+def _engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its settings are in its environment."""
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--keeper", type=int, required=True)
+    parser.add_argument("--up", type=int, required=True)
+    parser.set_defaults(run=_engine)
+
+
+def _engine(args: argparse.Namespace) -> None:
+    die_with(args.keeper, signal.SIGKILL)
+    import_module("service.work").work(_settings(args, needs_redis=True), args.name, args.up)
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt")
     _model_arguments(parser)
+    _engine_options(parser)
     parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-p", type=float)

@@ -89,6 +89,11 @@ class Settings(BaseSettings):
             got = "" if name == "redis_url" else f" got {first['input']!r}:"
             raise SettingsError(f"{where}:{got} {first['msg']}") from None
 
+    @property
+    def served_name(self) -> str:
+        """What clients call the model."""
+        return self.model_name or (self.model or BUNDLED).resolve().name
+
     def environment(self) -> dict[str, str]:
         """The environment in which a child process has these settings: a command line would show a password."""
         shared = {name: text for name, text in os.environ.items() if not name.upper().startswith(PREFIX)}

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from loadtests.client import Stream, stream
-from service.serve import STUCK_S, House, bind
+from service.door import bind
+from service.serve import House
 from service.settings import Settings
 from tests.model.conftest import TINY, random_decoder, save_folder
 
@@ -170,14 +171,14 @@ def test_a_signal_lets_what_is_nearly_done_finish(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("alive", "age_s", "told"),
-    [(True, 0.0, None), (True, STUCK_S + 1, "no progress"), (False, 0.0, "failed")],
+    [(True, 0.0, None), (True, 31.0, "no progress"), (False, 0.0, "failed")],
 )
 async def test_readiness_follows_the_engine(alive: bool, age_s: float, told: str | None) -> None:
     with bind("127.0.0.1", 0) as listener:
         house = House(Settings.load(), listener)
         house.worker = cast(Any, SimpleNamespace(alive=alive, progress_age_s=lambda: age_s))
-        house.backend.loaded(cast(Any, object()), house.broker)
-        reason = house.backend.ready()
+        house.door.backend.loaded(cast(Any, object()), house.broker)
+        reason = house.door.backend.ready()
     assert (reason is None) if told is None else (reason is not None and told in reason)
 
 
