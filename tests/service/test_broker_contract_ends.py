@@ -214,7 +214,7 @@ async def test_what_never_came_has_no_time(make_broker: MakeBroker) -> None:
     rig = await make_broker()
     await running(rig, ask("claimed"), ask("at once"))
     await submit(rig, ask("waiting"))
-    await rig.pass_time(10.0)
+    await rig.pass_time(10.01234567)
     await rig.requests.cancel("waiting", "default")
     await rig.worker.commit([Delta("claimed", 0, finish=STOP), Delta("at once", 0, (1,), finish=STOP)])
     found = [await timings(rig, id) for id in ("waiting", "claimed", "at once")]
