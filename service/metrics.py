@@ -10,9 +10,16 @@ Intervals are between monotonic stamps of one process, but for the time in the q
 the whole duration begin when the request's body is in.
 """
 
+import math
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from model.request import FinishReason
 
@@ -59,7 +66,7 @@ class Metrics:
         self._waiting = gauge("requests_waiting", "Sequences waiting in the queue.")
         self.queue = seconds("queue_seconds", "From submission to the first claim by a worker.")
         self.ttft = seconds("time_to_first_token_seconds", "From a request's arrival to its first token.")
-        self.inter_token = seconds("inter_token_seconds", "Between two tokens of a sequence.")
+        self.inter_token = Spread("inter_token_seconds", "Between two tokens of a sequence.", self.registry)
         self.duration = seconds("request_seconds", "From a request's arrival to its end.")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens computed, recomputed ones included.")
         self._generated_tokens = counter("generated_tokens", "Tokens drawn.")
@@ -108,6 +115,26 @@ class Metrics:
         return Histogram(f"millrace_{name}", about, buckets=SECONDS, registry=self.registry)
 
 
+class Spread(Collector):
+    """A histogram of seconds that one thread fills, at a fifth of the library's cost: it is the one for every token."""
+
+    def __init__(self, name: str, about: str, registry: CollectorRegistry) -> None:
+        self._name, self._about = f"millrace_{name}", about
+        self._counts, self._sum_s = [0] * (len(SECONDS) + 1), 0.0
+        registry.register(self)
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        """The same value so many times."""
+        self._counts[bisect_left(SECONDS, seconds)] += times
+        self._sum_s += seconds * times
+
+    def collect(self) -> Iterator[Metric]:
+        """As the library's own are told."""
+        bounds = map(floatToGoString, (*SECONDS, math.inf))
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._about, buckets, self._sum_s)
+
+
 class Book:
     """The account of one sequence: in flight from `begin` until `end`, which counts once only. One that never began
     belongs to a sequence that was submitted elsewhere or before, and counts nothing."""
@@ -135,8 +162,7 @@ class Book:
             self._has_token = True
             self._metrics.ttft.observe(interval_s)
             return
-        for _ in range(num_tokens):
-            self._metrics.inter_token.observe(interval_s / num_tokens)
+        self._metrics.inter_token.observe(interval_s / num_tokens, num_tokens)
 
     def end(self, outcome: str, now_s: float, queue_s: float | None = None) -> None:
         """Close the account, whoever says so first. `outcome` is one of `OUTCOMES`."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import repeat
 from typing import NamedTuple
 
 from model.assemble import Assembler
@@ -31,6 +32,7 @@ from service.metrics import HANDED_OVER, Book, Metrics
 # writing the event; a long entry is taken in parts.
 ENTRIES_PER_BREATH = 16
 TOKENS_PER_PART = 64
+NO_LOGPROBS = repeat(None)
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +68,18 @@ class Choice:
     def take(self, entry: Entry, now_s: float) -> list[Piece]:
         """The entry's tokens as pieces, in order, but for those that the client has."""
         assert entry.start == self.num_tokens, f"{self.request.id}: a gap before {entry.start} at {self.num_tokens}"
+        assert len(entry.logprobs) in (0, len(entry.token_ids))
         pieces = []
-        num_new = len(entry.token_ids)
-        logprobs: Sequence[TokenLogprob | None] = entry.logprobs or (None,) * num_new
-        for token_id, logprob in zip(entry.token_ids, logprobs, strict=True):
-            opening, self._opening = self._opening, ""
-            text = opening + self._assembler.push(token_id)
+        for token_id, logprob in zip(entry.token_ids, entry.logprobs or NO_LOGPROBS):  # noqa: B905  # one is endless
+            text, offset = self._assembler.push(token_id), self._num_chars
+            if self._opening:
+                text, offset, self._opening = self._opening + text, offset + len(self._opening), ""
             self.num_tokens += 1
             if self.num_tokens > self.after:
-                pieces.append(Piece(self.index, token_id, text, self._num_chars + len(opening), logprob))
+                pieces.append(Piece(self.index, token_id, text, offset, logprob))
             self._num_chars += len(text)
-        if num_new:
-            self.book.tokens(num_new, now_s)
+        if entry.token_ids:
+            self.book.tokens(len(entry.token_ids), now_s)
         if entry.finish is not None:
             self.finish, self.timings, self.told_end = entry.finish, entry.timings, True
             self.held_back = self._opening + self._assembler.finish()

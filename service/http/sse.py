@@ -12,9 +12,9 @@ import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service.errors import Handover
 from service.http.generation import Generation
@@ -33,10 +33,11 @@ logger = logging.getLogger(__name__)
 async def events(generation: Generation, dialect: Native) -> AsyncGenerator[bytes, None]:
     """Frames: those of one log entry in one write, then the terminal event and `[DONE]`."""
     counts = generation.positions()
-    id, opening = generation.intake.id.encode(), RETRY
+    id, opening, is_one = generation.intake.id.encode(), RETRY, len(counts) == 1
 
     def frame(data: bytes) -> bytes:
-        return b"id: %b:%b\ndata: %b\n\n" % (id, b",".join([b"%d" % count for count in counts]), data)
+        told = b"%d" % counts[0] if is_one else b",".join([b"%d" % count for count in counts])
+        return b"id: %b:%b\ndata: %b\n\n" % (id, told, data)
 
     try:
         async with aclosing(generation.pieces()) as batches:
@@ -61,7 +62,9 @@ class EventStream(EventSourceResponse):
     """A generation as a response. However it ends, even before its first byte, the generation is closed.
 
     sse-starlette would end every stream half a second after SIGTERM, without a last event. An endless grace period
-    turns that off for this response alone: streams end because what they follow ends, and the drain sees to that.
+    turns that off for this response alone: streams end because what they follow ends, and the drain sees to that. It
+    would also open a cancel scope with a timer for each event, at more than the cost of making it; here one timer for
+    the whole stream looks how long the send has taken that is under way.
     """
 
     def __init__(self, generation: Generation, dialect: Native) -> None:
@@ -75,15 +78,37 @@ class EventStream(EventSourceResponse):
             shutdown_grace_period=math.inf,
         )
         self._generation = generation
+        self._loop = asyncio.get_running_loop()
+        self._sending_since_s = math.inf
+        self._timer: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, or until the client has gone. The events may never start, so cleaning up is here."""
         try:
-            await super().__call__({**scope, "method": "HEAD"} if scope.get(HEAD) else scope, receive, send)
-        except SendTimeoutError:
-            logger.info("request %s: its client took nothing for %d s", self._generation.intake.id, STUCK_S)
+            with anyio.CancelScope() as life:
+                self._watch(life)
+                await super().__call__({**scope, "method": "HEAD"} if scope.get(HEAD) else scope, receive, send)
+            if life.cancelled_caught:
+                logger.info("request %s: its client took nothing for %d s", self._generation.intake.id, STUCK_S)
         except asyncio.CancelledError:  # by the server: a client that leaves ends the stream without an exception
             self._generation.hand_over()
             raise
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
             await self._generation.close()
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        """The library's, without its timer."""
+        self._sending_since_s = min(self._sending_since_s, self._loop.time())
+        await send(message)
+        self._sending_since_s = math.inf
+
+    def _watch(self, life: anyio.CancelScope) -> None:
+        """End it if a send takes too long; else look again when that could be."""
+        now_s = self._loop.time()
+        due_s = min(self._sending_since_s, now_s) + STUCK_S
+        if due_s <= now_s:
+            life.cancel()
+        else:
+            self._timer = self._loop.call_at(due_s, self._watch, life)
