@@ -34,9 +34,9 @@ local function flush(reply)
   return reply
 end
 
-local FIELDS = {'st', 'lk', 'wk', 'n', 'q', 'tn', 'cl', 'tag', 'size', 't0', 'qms', 'ft', 'dl', 'qd', 'orphan', 'keep',
+local FIELDS = {'st', 'lk', 'wk', 'n', 'num', 'q', 'tn', 'cl', 'tag', 'size', 't0', 'qms', 'ft', 'dl', 'qd', 'orphan', 'keep',
   'cx', 'c', 'cn', 'at', 'mb', 'idem'}
-local NUMBERS = {'n', 'tag', 'size', 't0', 'qms', 'ft', 'dl', 'qd', 'orphan', 'keep', 'c', 'cn', 'at'}
+local NUMBERS = {'n', 'num', 'tag', 'size', 't0', 'qms', 'ft', 'dl', 'qd', 'orphan', 'keep', 'c', 'cn', 'at'}
 
 local function record(rid)
   local values = call('HMGET', K .. 'r:' .. rid, unpack(FIELDS))
@@ -68,6 +68,10 @@ end
 
 local function dequeue(h)
   call('ZREM', ready(h), h.id)
+  if call('EXISTS', ready(h)) == 0 then -- the end of a busy period: what tenants owe each other is settled
+    local q, v = K .. 'q:' .. h.q, call('HMGET', K .. 'q:' .. h.q, 'v' .. h.cl, 'm' .. h.cl)
+    call('HSET', q, 'v' .. h.cl, math.max(tonumber(v[1]) or 0, tonumber(v[2]) or 0))
+  end
   call('ZREM', K .. 'wait:' .. h.q, h.id)
   bump(h.q, 'tokens', -h.size)
 end
@@ -111,6 +115,27 @@ local function measure_end(queue)
   call('HSET', K .. 'q:' .. queue, 'last', NOW, 'interval', mean + 0.1 * (interval - mean))
 end
 
+local function siblings(h)
+  if h.num == 1 then return {h.id} end
+  local group, ids = string.match(h.id, '^(.*)%.'), {}
+  for i = 1, h.num do ids[i] = group .. '.' .. i - 1 end
+  return ids
+end
+
+-- A group, its logs and its idempotency key are kept from its last end on.
+local function keep_for_a_while(h)
+  local ids = siblings(h)
+  for _, rid in ipairs(ids) do
+    local st = call('HGET', K .. 'r:' .. rid, 'st')
+    if st and st ~= 'e' then return due(h, nil) end
+  end
+  for _, rid in ipairs(ids) do
+    call('ZADD', K .. 'due', NOW + h.keep, rid)
+    for _, kind in ipairs({'r:', 'o:'}) do call('PEXPIRE', K .. kind .. rid, h.keep + SLACK_MS) end
+  end
+  if h.idem then call('PEXPIRE', h.idem, h.keep + SLACK_MS) end
+end
+
 -- `raw` is the terminal entry; what it holds of ids is already counted in h.n.
 local function terminal(h, raw)
   if h.st == 'w' then
@@ -124,9 +149,7 @@ local function terminal(h, raw)
   set(h, 'st', 'e', 'n', h.n)
   call('ZREM', K .. 'orphan', h.id)
   call('HINCRBY', K .. 't:' .. h.tn, 'open', -1)
-  due(h, NOW + h.keep)
-  for _, key in ipairs({'r:' .. h.id, 'o:' .. h.id}) do call('PEXPIRE', K .. key, h.keep + SLACK_MS) end
-  if h.idem then call('PEXPIRE', h.idem, h.keep + SLACK_MS) end
+  keep_for_a_while(h)
   frame(h.mb, h.id, raw, timings)
 end
 
@@ -177,7 +200,7 @@ end
 -- the HTTP half --------------------------------------------------------------------------------------------------------
 
 -- r: rid, payload, size (prompt tokens), cost, then milliseconds from now, or empty: deadline, queue deadline, orphan
--- time. `num` ids it has already, in the entry `raw`.
+-- time; and the size of its group. `num` ids it has already, in the entry `raw`.
 local function admit(queue, tenant, class, weight, keep, mb, idem, r, num, raw)
   local q, t, v, f = K .. 'q:' .. queue, K .. 't:' .. tenant, 'v' .. class, queue .. class
   local tag = math.max(tonumber(call('HGET', q, v)) or 0, tonumber(call('HGET', t, f)) or 0)
@@ -186,7 +209,7 @@ local function admit(queue, tenant, class, weight, keep, mb, idem, r, num, raw)
   h.dl, h.qd = h.dl and NOW + h.dl, h.qd and NOW + h.qd
   set(h, 'st', 'w', 'lk', '', 'wk', '', 'n', num, 'p', r[2], 'q', queue, 'tn', tenant, 'cl', class, 'tag', tag, 'size',
     h.size, 't0', NOW, 'dl', h.dl or '', 'qd', h.qd or '', 'orphan', h.orphan or '', 'keep', keep, 'c', 0, 'cn', 0,
-    'at', 0, 'mb', mb)
+    'at', 0, 'mb', mb, 'num', r[8])
   if idem then set(h, 'idem', idem) end
   local ttl = h.dl and h.dl - NOW + keep + SLACK_MS or WEEK_MS
   call('PEXPIRE', K .. 'r:' .. h.id, ttl)
@@ -194,7 +217,9 @@ local function admit(queue, tenant, class, weight, keep, mb, idem, r, num, raw)
     call('XADD', K .. 'o:' .. h.id, num .. '-1', 'e', raw)
     call('PEXPIRE', K .. 'o:' .. h.id, ttl)
   end
-  call('HSET', t, f, tag + r[4] / weight)
+  local finish_tag = tag + r[4] / weight
+  call('HSET', t, f, finish_tag)
+  if (tonumber(call('HGET', q, 'm' .. class)) or 0) < finish_tag then call('HSET', q, 'm' .. class, finish_tag) end
   call('HINCRBY', t, 'open', 1)
   due(h, waiting_deadline(h))
   if h.orphan then call('ZADD', K .. 'orphan', NOW + h.orphan, h.id) end
@@ -211,7 +236,7 @@ local function state(queue)
   return waiting, tonumber(v[1]) or 0, tonumber(v[2]) or 0, retry_s
 end
 
--- a: queue, most waiting, most waiting tokens, tenant, class, weight, keep, key name or '', key body, group; then seven
+-- a: queue, most waiting, most waiting tokens, tenant, class, weight, keep, key name or '', key body, group; then eight
 -- for each request (see admit)
 local function submit(keys, a)
   begin(keys)
@@ -222,8 +247,8 @@ local function submit(keys, a)
     if known[1] then return known[2] == a[9] and {'found', known[1]} or {'conflict'} end
   end
   if call('EXISTS', K .. 'r:' .. a[11]) == 1 then return {'found', a[10]} end
-  local num, size = (#a - 10) / 7, 0
-  for i = 0, num - 1 do size = size + a[13 + 7 * i] end
+  local num, size = (#a - 10) / 8, 0
+  for i = 0, num - 1 do size = size + a[13 + 8 * i] end
   local waiting, tokens, running, retry_s = state(queue)
   if waiting > 0 and (waiting + num > tonumber(a[2]) or tokens + size > tonumber(a[3])) then
     return {'full', waiting, retry_s}
@@ -231,7 +256,7 @@ local function submit(keys, a)
   if waiting == 0 and running == 0 then call('HSET', K .. 'q:' .. queue, 'last', NOW) end
   local first, ttl
   for i = 0, num - 1 do
-    local tag, ms = admit(queue, tenant, class, a[6], tonumber(a[7]), '', idem, {unpack(a, 11 + 7 * i, 17 + 7 * i)}, 0)
+    local tag, ms = admit(queue, tenant, class, a[6], tonumber(a[7]), '', idem, {unpack(a, 11 + 8 * i, 18 + 8 * i)}, 0)
     first, ttl = first or tag, math.max(ttl or 0, ms)
   end
   if idem then
@@ -247,7 +272,7 @@ end
 local function restore(keys, a)
   begin(keys)
   if call('EXISTS', K .. 'r:' .. a[7]) == 1 then return 0 end
-  admit(a[1], a[2], a[3], a[4], tonumber(a[5]), a[6], nil, {unpack(a, 7, 13)}, tonumber(a[14]), a[15])
+  admit(a[1], a[2], a[3], a[4], tonumber(a[5]), a[6], nil, {unpack(a, 7, 14)}, tonumber(a[15]), a[16])
   return 1
 end
 
@@ -263,8 +288,8 @@ local function lookup(keys, a) -- group, tenant
   local found, i = {}, 0
   local rid = a[1]
   while true do
-    local v = call('HMGET', K .. 'r:' .. rid, 'tn', 'p')
-    if v[1] == a[2] then found[#found + 1] = v[2] end
+    local v = call('HMGET', K .. 'r:' .. rid, 'tn', 'p', 'num')
+    if v[1] == a[2] and (rid ~= a[1] or v[3] == '1') then found[#found + 1] = v[2] end
     if rid == a[1] and v[1] or rid ~= a[1] and v[1] ~= a[2] then return found end
     rid = a[1] .. '.' .. i
     i = i + 1

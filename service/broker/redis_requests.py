@@ -70,7 +70,7 @@ class RedisRequests:
         self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
         self._keep_ms, self._weights = int(keep_s * 1000), weights or {}
         self._name = secrets.token_hex(8)
-        self._mirrors: dict[str, _Mirror] = {}
+        self._mirrors: dict[str, dict[str, _Mirror]] = {}  # by id and tenant: a stranger who asks for an id is apart
         self._tasks: set[asyncio.Task[Any]] = set()
         self._look = asyncio.Event()  # compare the mirrors with Redis now
         self._closed = False
@@ -84,7 +84,7 @@ class RedisRequests:
     async def close(self) -> None:
         """Every follower gets `Handover`; nothing is cancelled."""
         self._closed = True
-        for mirror in list(self._mirrors.values()):
+        for mirror in self._all():
             mirror.log.fail(Handover())
         for task in self._tasks:
             task.cancel()
@@ -131,12 +131,10 @@ class RedisRequests:
 
     async def follow(self, id: str, tenant: str, after: int = 0) -> AsyncIterator[Entry]:
         """From the mirror, which the first reader opens."""
-        mirror = self._mirrors.get(id)
+        mirror = self._mirrors.get(id, {}).get(tenant)
         if mirror is None:
-            mirror = self._mirrors[id] = _Mirror(id, tenant)
+            mirror = self._mirrors.setdefault(id, {})[tenant] = _Mirror(id, tenant)
             mirror.opened = self._spawn(self._open(mirror))
-        if mirror.tenant != tenant:
-            raise RequestNotFound(f"no request {id}")
         mirror.num_readers += 1
         try:
             assert mirror.opened is not None
@@ -145,8 +143,8 @@ class RedisRequests:
                 yield entry
         finally:
             mirror.num_readers -= 1
-            if not mirror.num_readers and self._mirrors.get(id) is mirror:
-                del self._mirrors[id]
+            if not mirror.num_readers:
+                self._drop(mirror)
 
     async def cancel(self, id: str, tenant: str) -> None:
         """Also where Redis is away for a while: then it happens when it is back."""
@@ -176,7 +174,7 @@ class RedisRequests:
             for at_s in (request.deadline_s, request.queue_deadline_s)
         ]
         orphan = "" if request.orphan_s is None else int(request.orphan_s * 1000)
-        return [request.id, raw, size, size + request.sampling.max_tokens, *left, orphan]
+        return [request.id, raw, size, size + request.sampling.max_tokens, *left, orphan, request.num_choices]
 
     async def _cancel(self, id: str, tenant: str, within_s: float) -> None:
         await self._link.call("cancel", id, tenant, within_s=within_s)
@@ -196,7 +194,7 @@ class RedisRequests:
             if not await self._read(mirror):
                 raise RequestNotFound(f"no request {mirror.id}")
         except Exception:
-            self._mirrors.pop(mirror.id, None)
+            self._drop(mirror)
             raise
         early, mirror.early = mirror.early or [], None
         for entry in early:
@@ -206,14 +204,22 @@ class RedisRequests:
 
     def _on_mail(self, data: bytes) -> None:
         for id, raw, timings in msgpack.unpackb(data, raw=True):
-            mirror = self._mirrors.get(id.decode())
-            if mirror is None:
-                continue
-            entry = _entry(raw, timings)
-            if mirror.early is not None:
-                mirror.early.append(entry)
-            else:
-                self._take(mirror, entry)
+            for mirror in self._mirrors.get(id.decode(), {}).values():
+                entry = _entry(raw, timings)
+                if mirror.early is not None:
+                    mirror.early.append(entry)
+                else:
+                    self._take(mirror, entry)
+
+    def _all(self) -> list[_Mirror]:
+        return [mirror for same_id in self._mirrors.values() for mirror in same_id.values()]
+
+    def _drop(self, mirror: _Mirror) -> None:
+        same_id = self._mirrors.get(mirror.id, {})
+        if same_id.get(mirror.tenant) is mirror:
+            del same_id[mirror.tenant]
+            if not same_id:
+                del self._mirrors[mirror.id]
 
     def _take(self, mirror: _Mirror, entry: Entry) -> None:
         """Append what is new of an entry. What is known must be the same, else Redis's log is the wrong one."""
@@ -279,7 +285,7 @@ class RedisRequests:
         while True:
             at_once = self._look.is_set()
             self._look.clear()
-            open_mirrors = [m for m in self._mirrors.values() if m.early is None and m.log.finish is None]
+            open_mirrors = [m for m in self._all() if m.early is None and m.log.finish is None]
             try:
                 for i in range(0, len(open_mirrors), ATTENDED):
                     await self._attend(open_mirrors[i : i + ATTENDED], at_once)

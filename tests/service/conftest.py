@@ -5,7 +5,10 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from tests.service.helpers_rig import MAKERS, Limits, MakeBroker, Rig
+from tests.service.helpers_redis_rig import redis
+from tests.service.helpers_rig import Limits, MakeBroker, Rig, memory
+
+MAKERS = {"memory": memory, "redis": redis}
 
 
 @pytest.fixture(params=MAKERS)

@@ -1,11 +1,11 @@
 """A broker to test, of any kind, with what its tests do all the time.
 
-A broker joins the contract suite by adding a maker to `MAKERS`: it gets limits and opens a `Rig`.
+A broker joins the contract suite by adding a maker to `MAKERS` in conftest.py: it gets limits and opens a `Rig`.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -53,9 +53,6 @@ async def memory(limits: Limits) -> AsyncIterator[Rig]:
         clock.advance(seconds)
 
     yield Rig(broker, broker, clock, pass_time, retries=False)
-
-
-MAKERS: dict[str, Callable[[Limits], AbstractAsyncContextManager[Rig]]] = {"memory": memory}
 
 
 async def submit(rig: Rig, *asked: Request) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from model.request import Delta, Finish, FinishReason
-from service.broker.base import CANCELLED, OUT_OF_QUEUE_TIME, OUT_OF_TIME, Timings, Verdict
-from tests.service.helpers_broker import STOP, ask, ending, read, reading, reason, token_ids, verdicts
+from service.broker.base import CANCELLED, OUT_OF_QUEUE_TIME, OUT_OF_TIME, IdempotencyKey, Timings, Verdict
+from service.errors import RequestNotFound
+from tests.service.helpers_broker import STOP, ask, ask_group, ending, read, reading, reason, token_ids, verdicts
 from tests.service.helpers_rig import Limits, MakeBroker, Rig, claim, ids, running, submit
 
 TOLERANCE_S = 1.0  # of measured times
@@ -220,6 +221,23 @@ async def test_what_never_came_has_no_time(make_broker: MakeBroker) -> None:
     found = [await timings(rig, id) for id in ("waiting", "claimed", "at once")]
     expected = [(None, None, 10), (0, None, 10), (0, 10, 10)]
     assert found == [Timings(*map(about, times)) for times in expected]  # type: ignore[arg-type]
+
+
+async def test_a_group_is_kept_until_its_last_sequence_has_been_over_for_long_enough(make_broker: MakeBroker) -> None:
+    rig = await make_broker(Limits(keep_s=10.0))
+    await rig.requests.submit(group := ask_group("a", 2), IdempotencyKey("k", "body"))
+    await claim(rig)
+    await rig.worker.commit([Delta("a.0", 0, (7,), finish=STOP)])
+    await rig.pass_time(20.0)
+    assert not (await rig.requests.submit(ask_group("b", 2), IdempotencyKey("k", "body"))).created
+    await rig.worker.commit([Delta("a.1", 0, (8,), finish=STOP)])
+    await rig.pass_time(8.0)
+    assert await rig.requests.lookup("a", "default") == tuple(group)
+    assert [token_ids(await read(rig.requests, request.id)) for request in group] == [[7], [8]]
+    await rig.pass_time(4.0)
+    with pytest.raises(RequestNotFound):
+        await rig.requests.lookup("a", "default")
+    assert (await rig.requests.submit(ask_group("b", 2), IdempotencyKey("k", "body"))).created
 
 
 async def test_load_tells_what_waits_and_runs(make_broker: MakeBroker) -> None:

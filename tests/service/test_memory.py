@@ -8,7 +8,7 @@ import pytest
 from model.request import Delta, Finish, FinishReason
 from service.broker.base import Entry, IdempotencyKey, Timings
 from service.broker.memory import FAILURE, MemoryBroker
-from service.errors import IdempotencyConflict, RequestNotFound, Unavailable
+from service.errors import IdempotencyConflict, Unavailable
 from tests.service.helpers_broker import STOP, FakeClock, ask, ask_group, ending, read, reading, reason, token_ids
 
 
@@ -59,21 +59,6 @@ async def test_an_abandoned_request_says_nothing_of_the_cause() -> None:
     await memory.claim(1)
     await memory.abandon(["a"])
     assert ending(await read(memory, "a")) == Finish(FinishReason.ERROR, error=FAILURE)
-
-
-async def test_a_group_is_kept_until_its_last_sequence_has_been_over_for_long_enough() -> None:
-    memory = broker(clock := FakeClock())
-    await memory.submit(group := ask_group("a", 2), IdempotencyKey("k", "body"))
-    await memory.claim(2)
-    await memory.commit([Delta("a.0", 0, (7,), finish=STOP)])
-    clock.advance(500.0)
-    await memory.commit([Delta("a.1", 0, (8,), finish=STOP)])
-    clock.advance(59.0)
-    assert await memory.lookup("a", "default") == tuple(group)
-    assert [token_ids(await read(memory, request.id)) for request in group] == [[7], [8]]
-    clock.advance(2.0)
-    with pytest.raises(RequestNotFound):
-        await memory.lookup("a", "default")
 
 
 async def test_nothing_is_left_of_requests_whose_time_is_over() -> None:
