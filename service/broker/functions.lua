@@ -296,9 +296,9 @@ local function lookup(keys, a) -- group, tenant
   end
 end
 
--- From here on the mailbox of `api` gets every entry; what there was before is the reply: payload, queue, then of each
--- entry its bytes and its timings.
-local function attach(keys, a) -- rid, tenant, api
+-- From here on the mailbox of `api` gets every entry; the reply has those that there were already: payload, queue, then
+-- of each entry past `known` ids its bytes and its timings.
+local function attach(keys, a) -- rid, tenant, api, known
   begin(keys)
   local v = call('HMGET', K .. 'r:' .. a[1], 'tn', 'p', 'st', 'orphan', 'mb', 'q')
   if v[1] ~= a[2] then return {} end
@@ -307,7 +307,7 @@ local function attach(keys, a) -- rid, tenant, api
     if v[4] ~= '' then call('ZADD', K .. 'orphan', NOW + v[4], a[1]) end
   end
   local reply = {v[2], v[6]}
-  for _, item in ipairs(call('XRANGE', K .. 'o:' .. a[1], '-', '+')) do
+  for _, item in ipairs(call('XRANGE', K .. 'o:' .. a[1], '(' .. a[4] .. '-1', '+')) do
     reply[#reply + 1] = item[2][2]
     reply[#reply + 1] = item[2][4] or ''
   end

@@ -180,8 +180,9 @@ class RedisRequests:
         await self._link.call("cancel", id, tenant, within_s=within_s)
 
     async def _read(self, mirror: _Mirror) -> bool:
-        """Take in all of the log. False if Redis does not know the request."""
-        reply = await self._link.call("attach", mirror.id, mirror.tenant, self._name, within_s=ASK_S)
+        """Take in what is new in the log. False if Redis does not know the request."""
+        known = mirror.log.num_tokens
+        reply = await self._link.call("attach", mirror.id, mirror.tenant, self._name, known, within_s=ASK_S)
         if not reply:
             return False
         mirror.request, mirror.queue, *log = reply
@@ -204,8 +205,11 @@ class RedisRequests:
 
     def _on_mail(self, data: bytes) -> None:
         for id, raw, timings in msgpack.unpackb(data, raw=True):
-            for mirror in self._mirrors.get(id.decode(), {}).values():
-                entry = _entry(raw, timings)
+            mirrors = self._mirrors.get(id.decode())
+            if mirrors is None:
+                continue
+            entry = _entry(raw, timings)
+            for mirror in mirrors.values():
                 if mirror.early is not None:
                     mirror.early.append(entry)
                 else:
@@ -225,6 +229,9 @@ class RedisRequests:
         """Append what is new of an entry. What is known must be the same, else Redis's log is the wrong one."""
         log, num = mirror.log, mirror.log.num_tokens
         if log.finish is not None:
+            return
+        if entry.start == num:
+            log.append(entry)
             return
         if entry.start > num:
             self._mend(mirror, self._refill(mirror))
