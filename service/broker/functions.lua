@@ -14,6 +14,7 @@ local SLACK_MS, WEEK_MS = 600000, 8 * 86400000 -- real expiry, should nobody be 
 local SCAN = 200 -- waiting requests that a claim looks at
 local SUSPECTS = {16, 4, 1} -- how many requests with so many crashes a worker holds at once: halving isolates the culprit
 local CLEARED, MAX_CRASHES, MAX_ATTEMPTS = 16, 4, 20 -- tokens past a crash that clear a request; crashes that end it
+local UNSEEN = 2 -- steps that a worker may have computed and not committed: so far one crash lies behind another
 local POISON = 'this request made every engine fail that tried to compute it'
 
 local K, NOW, frames
@@ -176,8 +177,12 @@ end
 
 local function crash(h)
   if h.cx then return end_by(h, h.cx) end
-  h.c = h.c > 0 and h.n == h.cn and h.c + 1 or 1
-  set(h, 'c', h.c, 'cn', h.n)
+  if h.c > 0 and h.n <= h.cn + UNSEEN then
+    h.c = h.c + 1
+  else
+    h.c, h.cn = 1, h.n
+  end
+  set(h, 'c', h.c, 'cn', h.cn)
   if h.c < MAX_CRASHES and h.at < MAX_ATTEMPTS then return requeue(h) end
   call('XADD', K .. 'dead', 'MAXLEN', '~', 1000, '*', 'id', h.id, 'n', h.n, 'attempts', h.at, 'worker', h.wk)
   finish(h, 'error', nil, POISON)
@@ -307,7 +312,7 @@ local function attach(keys, a) -- rid, tenant, api, known
     if v[4] ~= '' then call('ZADD', K .. 'orphan', NOW + v[4], a[1]) end
   end
   local reply = {v[2], v[6]}
-  for _, item in ipairs(call('XRANGE', K .. 'o:' .. a[1], '(' .. a[4] .. '-1', '+')) do
+  for _, item in ipairs(call('XRANGE', K .. 'o:' .. a[1], '(' .. (a[4] or 0) .. '-1', '+')) do
     reply[#reply + 1] = item[2][2]
     reply[#reply + 1] = item[2][4] or ''
   end
