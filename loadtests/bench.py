@@ -1,7 +1,8 @@
-"""`make bench`: tokens/s of the bare engine against the same load through HTTP streaming.
+"""`make bench`: tokens/s of the bare engine against the same load through HTTP streaming, embedded and over Redis.
 
-The two are measured in turn, A B A B, in one run on one machine, and medians are printed: on a shared machine only the
-ratio means much. While one is measured the other is idle (an idle engine waits, it does not poll).
+They are measured in turn, A B C A B C, in one run on one machine, and medians are printed: on a shared machine only the
+ratio means much. While one is measured the others are idle (an idle engine waits, it does not poll). Without a
+redis-server the third is left out.
 """
 
 import argparse
@@ -11,11 +12,12 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from loadtests.client import Stream, stream
 from model.engine.engine import Engine
 from model.request import Request, SamplingParams
 from service.work import spare_cores
+from tests.faults.redis_server import RedisServer, missing
 
 BUNDLED = Path(__file__).parent.parent / "model" / "bundled"
 PROMPT = (
@@ -83,13 +86,13 @@ async def over_http(port: int, num_streams: int, num_tokens: int) -> Figures:
 
 
 @contextmanager
-def server(folder: Path, num_threads: int) -> Iterator[int]:
+def server(folder: Path, num_threads: int, *flags: str) -> Iterator[int]:
     """A `millrace serve` of its own on a free loopback port, ended with SIGTERM."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     command = [sys.executable, "-m", "service.cli", "serve", "--model", str(folder)]
-    command += ["--port", str(port), "--threads", str(num_threads)]
+    command += ["--port", str(port), "--threads", str(num_threads), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         for _ in range(240):
@@ -119,16 +122,20 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     engine = Engine.load(args.model)
     rows: list[dict[str, object]] = []
-    with server(args.model, args.threads) as port:
+    with ExitStack() as stack:
+        ports = {"http": stack.enter_context(server(args.model, args.threads))}
+        if missing() is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            redis = stack.enter_context(RedisServer(folder, appendonly=True))
+            ports["redis"] = stack.enter_context(server(args.model, args.threads, "--redis-url", redis.url))
         for num_streams in args.streams:
-            runs: dict[str, list[Figures]] = {"engine": [], "http": []}
+            runs: dict[str, list[Figures]] = {"engine": [], **{name: [] for name in ports}}
             for turn in range(args.rounds + 1):
-                pair = {
-                    "engine": bare(engine, num_streams, args.tokens),
-                    "http": asyncio.run(over_http(port, num_streams, args.tokens)),
-                }
-                if turn:  # the first turn warms both up
-                    for name, result in pair.items():
+                results = {"engine": bare(engine, num_streams, args.tokens)}
+                for name, port in ports.items():
+                    results[name] = asyncio.run(over_http(port, num_streams, args.tokens))
+                if turn:  # the first turn warms them up
+                    for name, result in results.items():
                         runs[name].append(result)
             rows += report(num_streams, runs)
     if args.json:
@@ -136,7 +143,7 @@ def main() -> None:
 
 
 def report(num_streams: int, runs: dict[str, list[Figures]]) -> list[dict[str, object]]:
-    """Print and return the medians of one load, and HTTP's share of the engine's rate (median of the turns' ratios)."""
+    """Print and return the medians of one load, and which share each path keeps of another (median of turns)."""
     rows: list[dict[str, object]] = []
     for name, results in runs.items():
         medians = {f: statistics.median(getattr(r, f) for r in results) for f in Figures.__slots__}
@@ -147,10 +154,12 @@ def report(num_streams: int, runs: dict[str, list[Figures]]) -> list[dict[str, o
             f"between p50 {medians['gap_p50_ms']:6.2f} p99 {medians['gap_p99_ms']:6.2f} ms",
             flush=True,
         )
-    pairs = zip(runs["engine"], runs["http"], strict=True)
-    ratio = statistics.median(http.tokens_per_s / bare.tokens_per_s for bare, http in pairs)
-    print(f"{num_streams:4d} streams  HTTP keeps {ratio:.1%} of the bare engine", flush=True)
-    rows.append({"streams": num_streams, "http_share": ratio})
+    for name, base in (("http", "engine"), ("redis", "http")):
+        pairs = list(zip(runs[base], runs.get(name, ()), strict=False))
+        if pairs:
+            ratio = statistics.median(b.tokens_per_s / a.tokens_per_s for a, b in pairs)
+            print(f"{num_streams:4d} streams  {name} keeps {ratio:.1%} of {base}", flush=True)
+            rows.append({"streams": num_streams, "path": name, f"share_of_{base}": ratio})
     return rows
 
 

@@ -248,9 +248,7 @@ def measure(args: argparse.Namespace, redis: RedisServer, stamps: Stamps, stack:
     processes = {}
     env = os.environ | {"MILLRACE_LOG_LEVEL": "warning"}
     for name, command in commands.items():
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, env=os.environ | {"MILLRACE_LOG_LEVEL": "warning"}
-        )
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
         stack.callback(process.wait)
         stack.callback(process.kill)
         processes[name] = psutil.Process(process.pid)
