@@ -8,13 +8,12 @@ stream just ends: its reader shall come back with the last id, and `retry` says 
 
 import asyncio
 import logging
-import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from typing import Any
 
-import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from service.errors import Handover
 from service.http.generation import Generation
@@ -22,6 +21,7 @@ from service.http.reply import Native
 
 PING_S = 10  # a comment at least this often, so that proxies and half-open connections are noticed
 STUCK_S = 30  # a client that takes nothing for so long is cut
+COMMENT = ServerSentEvent(comment="waiting", sep="\n").encode()
 RETRY = b"retry: 1000\n"  # milliseconds
 HANDED_OVER = b": this server stops; read on with the last event id\nretry: 200\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -61,54 +61,75 @@ async def events(generation: Generation, dialect: Native) -> AsyncGenerator[byte
 class EventStream(EventSourceResponse):
     """A generation as a response. However it ends, even before its first byte, the generation is closed.
 
-    sse-starlette would end every stream half a second after SIGTERM, without a last event. An endless grace period
-    turns that off for this response alone: streams end because what they follow ends, and the drain sees to that. It
-    would also open a cancel scope with a timer for each event, at more than the cost of making it; here one timer for
-    the whole stream looks how long the send has taken that is under way.
+    The headers and comments are sse-starlette's, the life is our own. The library's is four tasks for each stream and a
+    cancel scope for each event: 23 KiB more memory a stream (of 58) and a third more time an event, measured with
+    a thousand streams. Also it would end every stream half a second after SIGTERM, without a last event.
     """
 
     def __init__(self, generation: Generation, dialect: Native) -> None:
-        super().__init__(
-            events(generation, dialect),
-            headers={"Content-Location": f"/generate/{generation.intake.id}"},  # known before there is an event
-            sep="\n",
-            ping=PING_S,
-            ping_message_factory=lambda: ServerSentEvent(comment="waiting", sep="\n"),
-            send_timeout=STUCK_S,
-            shutdown_grace_period=math.inf,
-        )
-        self._generation = generation
+        url = f"/generate/{generation.intake.id}"  # a client that is cut off before the first event needs it
+        self._generation, self._frames = generation, events(generation, dialect)
+        super().__init__(self._frames, headers={"Content-Location": url})
         self._loop = asyncio.get_running_loop()
-        self._sending_since_s = math.inf
-        self._timer: asyncio.TimerHandle | None = None
+        self._life = asyncio.timeout(None)  # runs out when the client leaves or takes nothing
+        self._sending_since_s: float | None = None
+        self._others: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, or until the client has gone. The events may never start, so cleaning up is here."""
         try:
-            with anyio.CancelScope() as life:
-                self._watch(life)
-                await super().__call__({**scope, "method": "HEAD"} if scope.get(HEAD) else scope, receive, send)
-            if life.cancelled_caught:
-                logger.info("request %s: its client took nothing for %d s", self._generation.intake.id, STUCK_S)
-        except asyncio.CancelledError:  # by the server: a client that leaves ends the stream without an exception
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            if not scope.get(HEAD):
+                await self._stream(receive, send)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            logger.debug("request %s: its client left", self._generation.intake.id)
+        except asyncio.CancelledError:  # by the server, and no leaving of the client's
             self._generation.hand_over()
             raise
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
             await self._generation.close()
 
-    async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        """The library's, without its timer."""
-        self._sending_since_s = min(self._sending_since_s, self._loop.time())
-        await send(message)
-        self._sending_since_s = math.inf
+    async def _stream(self, receive: Receive, send: Send) -> None:
+        async with self._life, aclosing(self._frames) as frames:
+            self._spawn(self._listen(receive))
+            self._timer = self._loop.call_later(PING_S, self._look, send)
+            try:
+                async for frame in frames:
+                    await self._send(send, frame)
+            finally:
+                self._timer.cancel()
+                for task in self._others:
+                    task.cancel()
 
-    def _watch(self, life: anyio.CancelScope) -> None:
-        """End it if a send takes too long; else look again when that could be."""
-        now_s = self._loop.time()
-        due_s = min(self._sending_since_s, now_s) + STUCK_S
-        if due_s <= now_s:
-            life.cancel()
-        else:
-            self._timer = self._loop.call_at(due_s, self._watch, life)
+    async def _send(self, send: Send, body: bytes) -> None:
+        if self._sending_since_s is None:
+            self._sending_since_s = self._loop.time()
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._sending_since_s = None
+
+    async def _listen(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._end()
+
+    def _look(self, send: Send) -> None:
+        """Now and then: write a comment if nothing is on its way, else see how long it has been."""
+        now_s, since_s = self._loop.time(), self._sending_since_s
+        if since_s is None:
+            self._spawn(self._send(send, COMMENT))
+        elif now_s >= since_s + STUCK_S:
+            logger.info("request %s: its client took nothing for %d s", self._generation.intake.id, STUCK_S)
+            self._end()
+            return
+        due_s = now_s + PING_S if since_s is None else min(now_s + PING_S, since_s + STUCK_S)
+        self._timer = self._loop.call_at(due_s, self._look, send)
+
+    def _end(self) -> None:
+        if not self._life.expired():  # for another reason
+            self._life.reschedule(self._loop.time())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._others.add(task)
+        task.add_done_callback(self._others.discard)

@@ -129,8 +129,32 @@ async def test_a_long_replay_lets_the_departure_be_noticed() -> None:
     assert len(door.broker.cancelled) == 1
 
 
+@pytest.mark.parametrize("num_messages", range(1, 9))
+async def test_a_client_may_leave_between_any_two_messages(
+    num_messages: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("service.http.sse.PING_S", 0)
+    door = Door(say("hello"))
+    visitor = Visitor(door.app, stream=True)
+    visitor.leave_after = num_messages
+    await visitor.visit()
+    assert sum(door.books().values()) == 2  # accepted, and ended in one way
+    assert not caplog.records
+
+
+async def test_who_waits_hears_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.http.sse.PING_S", 0.001)
+    door = Door(hang())
+    visitor = Visitor(door.app, stream=True)
+    visitor.leave_after = 4
+    await visitor.visit()
+    assert visitor.text.startswith(": waiting\n\n" * 3)
+    assert door.books() == {"accepted": 1, "in_flight": 0, "cancelled": 1}
+
+
 async def test_a_client_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.http.sse.STUCK_S", 0.01)
+    monkeypatch.setattr("service.http.sse.PING_S", 0.01)
     door = Door(hang(Entry(0, (65,))))
     visitor = Visitor(door.app, stream=True)
 
