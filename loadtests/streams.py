@@ -124,7 +124,11 @@ class Reader(asyncio.Protocol):
         self.status, self.tail = b"", b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).write(self._request)
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.write(self._request)
+
+    def leave(self) -> None:
+        self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         now_s = time.monotonic()
@@ -168,10 +172,33 @@ async def read_all(port: int, args: argparse.Namespace) -> tuple[list[Reader], L
         readers.append(reader)
         ends.append(done)
         await asyncio.sleep(args.ramp_s / args.streams)
+    if args.storm:
+        await asyncio.sleep(args.tokens / args.rate / 3)
+        print(f"all freed {await storm(port, readers):.2f} s after {args.streams} readers left at once")
     async with asyncio.timeout(60 + 3 * args.tokens / args.rate):  # a hang guard
         await asyncio.gather(*ends)
     watching.cancel()
     return readers, lag
+
+
+async def storm(port: int, readers: list[Reader]) -> float:
+    """Every reader leaves; seconds until no sequence is held by the worker or waits."""
+    began_s = time.monotonic()
+    for reader in readers:
+        reader.leave()
+    while True:
+        if not await running(port):
+            return time.monotonic() - began_s
+        await asyncio.sleep(0.02)
+
+
+async def running(port: int) -> float:
+    """Sequences that a worker holds or that wait, as the api's metrics say."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    text = (await reader.read()).decode()
+    writer.close()
+    return sum(map(float, re.findall(r"^millrace_requests_(?:running|waiting) (.*)$", text, re.MULTILINE)))
 
 
 def check(reader: Reader, seed: int, args: argparse.Namespace, vocab_size: int) -> str | None:
@@ -220,6 +247,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=30.0, help="tokens/s of each stream")
     parser.add_argument("--tokens", type=int, default=600)
     parser.add_argument("--ramp-s", type=float, default=5.0)
+    parser.add_argument("--storm", action="store_true", help="all readers leave at once in the middle: what is freed?")
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--stamps", type=Path, help=argparse.SUPPRESS)
@@ -260,6 +288,8 @@ def measure(args: argparse.Namespace, redis: RedisServer, stamps: Stamps, stack:
     readers, lag = uvloop.run(read_all(port, args))
     took_s = time.monotonic() - began_s
     vocab_size = read_config(args.model).vocab_size
+    if args.storm:
+        return
     wrong = [told for seed, reader in enumerate(readers) if (told := check(reader, seed, args, vocab_size))]
     delays = [
         (when_s - stamps.at(seed, index), late_s)
