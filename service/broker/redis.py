@@ -147,7 +147,7 @@ class Link:
                 await self._wake.wait()
             batch = [call for call in self._calls[:MAX_BATCH] if not call.reply.done()]
             del self._calls[:MAX_BATCH]
-            again = await self._send(batch)
+            again = await self._send(batch) if batch else []
             if again:
                 self._calls[:0] = again
                 await asyncio.sleep(AGAIN_S)
@@ -189,7 +189,8 @@ class Link:
     def _lost(self, error: Exception) -> None:
         if self._away_since_s is None:
             self._away_since_s = time.monotonic()
-            logger.warning("Redis at %s does not answer: %s", self._where, error)
+            told = "no worker has loaded its functions yet" if UNLOADED in str(error) else error
+            logger.warning("Redis at %s does not answer: %s", self._where, told)
 
     def _back(self) -> None:
         if self._away_since_s is not None:
