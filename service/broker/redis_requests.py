@@ -24,7 +24,7 @@ from model.request import Delta, Request
 from service.broker.base import Accepted, Entry, IdempotencyKey, QueueLoad, Timings
 from service.broker.codec import decode_entry, decode_request, encode_entry, encode_request
 from service.broker.log import Log, since
-from service.broker.redis import Link, WorkerInfo
+from service.broker.redis import AGAIN_S, Link, WorkerInfo
 from service.errors import Handover, IdempotencyConflict, Overloaded, RequestNotFound, Unavailable
 
 ASK_S = 0.8  # a client is answered within a second, whatever Redis does
@@ -138,7 +138,10 @@ class RedisRequests:
         mirror.num_readers += 1
         try:
             assert mirror.opened is not None
-            await asyncio.shield(mirror.opened)
+            await asyncio.wait({mirror.opened})
+            if mirror.opened.cancelled():
+                raise Handover
+            mirror.opened.result()
             async for entry in mirror.log.read(after):
                 yield entry
         finally:
@@ -191,12 +194,18 @@ class RedisRequests:
         return True
 
     async def _open(self, mirror: _Mirror) -> None:
-        try:
-            if not await self._read(mirror):
+        """Read the log for the first time: its reader waits until Redis is there."""
+        while True:
+            try:
+                if await self._read(mirror):
+                    break
+                self._drop(mirror)
                 raise RequestNotFound(f"no request {mirror.id}")
-        except Exception:
-            self._drop(mirror)
-            raise
+            except Unavailable:
+                if not mirror.num_readers:
+                    self._drop(mirror)
+                    raise
+                await asyncio.sleep(AGAIN_S)
         early, mirror.early = mirror.early or [], None
         for entry in early:
             self._take(mirror, entry)
