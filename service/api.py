@@ -7,6 +7,7 @@ nothing is cancelled), let the last bytes out, exit 0. A second signal skips the
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -31,6 +32,7 @@ from service.settings import BUNDLED, Settings, shown_url
 
 LOOK_S = 1.0  # between two looks at who works
 SILENT_S = 3.0  # without an answer to a look: Redis is away
+LAST_WORDS_S = 2.0  # for what the worker wrote last to be read, once it has ended
 OPEN_S = 0.05  # between two looks at what is still open, in a drain
 
 logger = logging.getLogger(__name__)
@@ -108,15 +110,18 @@ class Api:
 
     async def _drain(self, worker: Child | None) -> None:
         """Let open streams go on while there is time, and somebody to compute them."""
-        logger.info("draining: open streams may go on for %.0f s", self._settings.drain_s)
-        until_s = time.monotonic() + self._settings.drain_s
-        while self._door.num_open and time.monotonic() < until_s and not self._door.hurried.is_set():
-            alone = worker is not None and worker.returncode is not None
-            await asyncio.sleep(OPEN_S)  # also for what the worker wrote last
-            if alone:
+        if self._door.num_open:
+            logger.info("draining: open streams may go on for %.0f s", self._settings.drain_s)
+        now = time.monotonic()
+        until_s, alone_until_s = now + self._settings.drain_s, math.inf
+        while self._door.num_open and now < until_s and not self._door.hurried.is_set():
+            if worker is not None and worker.returncode is not None:
                 await self._look()
-                if self._lookout.complaint is not None:
+                alone_until_s = min(alone_until_s, now + LAST_WORDS_S)
+                if now > alone_until_s and self._lookout.complaint is not None:
                     return
+            await asyncio.sleep(OPEN_S)
+            now = time.monotonic()
 
     async def _outlive(self, worker: Child) -> int:
         """Wait for the worker's own drain; 0 if it went well."""

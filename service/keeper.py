@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from queue import Empty, SimpleQueue
 
-from service.broker.redis import hand_back
+from service.broker.redis import check, hand_back
 from service.child import command
 from service.logs import configure
 from service.settings import Settings
@@ -34,10 +34,12 @@ logger = logging.getLogger(__name__)
 
 
 def keep(settings: Settings) -> None:
-    """Keep an engine alive until a signal comes; exits with the keeper's code."""
+    """Keep an engine alive until a signal comes; exits with the keeper's code. Raises `StartupError` for a Redis that
+    can't be used, which an engine would find out seconds later."""
     configure(settings.log_level, as_json=settings.log_json)
     assert settings.redis_url is not None
     url = settings.redis_url.get_secret_value()
+    check(url)
     keeper = Keeper(
         lambda name, up: command("engine", "--name", name, "--keeper", str(os.getpid()), "--up", str(up)),
         lambda name: hand_back(url, name),
