@@ -196,3 +196,4 @@ def test_our_own_command_is_found_where_our_modules_are(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     told = subprocess.run(command("--help"), capture_output=True, text=True, check=True)
     assert told.stdout.startswith("usage: millrace")
+    assert "    engine " not in told.stdout
