@@ -11,7 +11,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -31,9 +31,12 @@ def shown_url(url: str) -> str:
 
 
 def _redis_url(secret: SecretStr) -> SecretStr:
-    """A path that is no number is refused for what it may be: the rest of a password with an unescaped slash."""
+    """A path that is no number is refused for what it may be: the rest of a password with an unescaped slash. And a
+    password has one place, since who shows a URL must know where to leave it out."""
     with suppress(ValueError):  # an address or a port that is none
         parts = urlsplit(secret.get_secret_value())
+        if {"username", "password"} & set(parse_qs(parts.query)):
+            raise ValueError
         if parts.scheme == "unix" and parts.path:
             return secret
         complete = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0

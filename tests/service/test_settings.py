@@ -69,7 +69,7 @@ def test_the_password_of_the_queue_is_not_in_what_settings_show() -> None:
     [
         (URL, "redis://queue.example:6380/2"),
         ("rediss://:s3cret@10.0.0.1", "rediss://10.0.0.1"),
-        ("redis://[::1]:6379?password=s3cret", "redis://[::1]:6379"),
+        ("redis://:s3cret@[::1]:6379?client_name=a", "redis://[::1]:6379"),
         ("unix://:s3cret@/run/redis.sock?db=1", "unix:///run/redis.sock"),
     ],
 )
@@ -87,6 +87,8 @@ def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
         "redis://:half/s3cret@localhost",
         "redis://:s3cret@",
         "redis://[s3cret",
+        "redis://localhost?password=s3cret",
+        "unix:///run/redis.sock?pass%77ord=s3cret",
         "s3cret",
         "unix://",
     ],
