@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+KEEPER_GONE = signal.SIGUSR1  # ends an engine that is still loading; one that computes hands its requests back first
 POLL_S = 0.5
 
 

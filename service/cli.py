@@ -12,7 +12,7 @@ from importlib import import_module
 from model.chat_template import ChatTemplateError
 from model.config import CheckpointError, EngineConfigError
 from model.training.options import OptionError, add_arguments
-from service.child import die_with
+from service.child import KEEPER_GONE, die_with
 from service.errors import MillraceError
 from service.settings import Settings, SettingsError
 
@@ -152,7 +152,7 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _engine(args: argparse.Namespace) -> None:
-    die_with(args.keeper, signal.SIGKILL)
+    die_with(args.keeper, KEEPER_GONE)
     import_module("service.work").work(_settings(args, needs_redis=True), args.name, args.up)
 
 

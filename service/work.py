@@ -2,7 +2,8 @@
 
 A part of the composition root. Start: link, engine, announcement. Stop, on SIGTERM: claim nothing, let what runs end
 within `drain_s`, give the rest back, take the announcement back, exit 0. It exits with 1 if its engine fails or hangs;
-a thread that hangs can't be stopped, so then it ends where it is, and its parent sees to its requests.
+a thread that hangs can't be stopped, so then it ends where it is, and its parent sees to its requests. When its parent
+is gone it gives everything back at once and ends.
 """
 
 import asyncio
@@ -24,10 +25,12 @@ from model.fingerprint import fingerprint, queue_name
 from model.nn.decoder import as_dtype, num_parameters
 from service.broker.redis import PROTOCOL, Link, WorkerInfo
 from service.broker.redis_work import RedisWork
+from service.child import KEEPER_GONE
 from service.logs import configure, fields
 from service.settings import BUNDLED, Settings, shown_url
 from service.worker import EngineFailed, Worker
 
+ALONE_S = 2.0  # after its keeper's death: to hand its requests back, and then it ends, whatever hangs
 LOOK_S = 1.0  # between two looks at the engine's progress
 
 logger = logging.getLogger(__name__)
@@ -89,14 +92,23 @@ async def _live(settings: Settings, name: str, up: int) -> int:
         engine = await asyncio.to_thread(load_engine, settings)
         info = await asyncio.to_thread(_announcement, settings.model or BUNDLED, engine)
         queue = RedisWork(link, name, info, settings.lease_s)
-        stopping = asyncio.Event()
+        stopping, alone = asyncio.Event(), asyncio.Event()
+
+        def orphaned() -> None:
+            alone.set()
+            stopping.set()
+            end = threading.Timer(ALONE_S, os._exit, (1,))
+            end.daemon = True
+            end.start()
+
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+        asyncio.get_running_loop().add_signal_handler(KEEPER_GONE, orphaned)
         await queue.open()
         try:
             sys.stdout.write(f"{described(engine, settings)}\nworker  {name}   queue: {shown_url(url)}\n")
             sys.stdout.flush()
             os.write(up, b"1")
-            return await _compute(Worker(queue, engine), link, settings, stopping, queue)
+            return await _compute(Worker(queue, engine), link, settings, stopping, alone)
         finally:
             await queue.close()
             logger.info("worker %s ended", name, extra=_account(engine.stats(), queue))
@@ -112,7 +124,7 @@ def _announcement(folder: Path, engine: Engine) -> WorkerInfo:
 
 
 async def _compute(
-    worker: Worker[EngineStats], link: Link, settings: Settings, stopping: asyncio.Event, queue: RedisWork
+    worker: Worker[EngineStats], link: Link, settings: Settings, stopping: asyncio.Event, alone: asyncio.Event
 ) -> int:
     working = asyncio.create_task(worker.run())
     watchdog = Watchdog(worker.progress_age_s, link.away_s, settings.stuck_s)
@@ -120,7 +132,7 @@ async def _compute(
     told = asyncio.create_task(stopping.wait())
     await asyncio.wait({working, told}, return_when=asyncio.FIRST_COMPLETED)
     told.cancel()
-    return 0 if await wound_up(worker, working, settings.drain_s) else 1
+    return 0 if await wound_up(worker, working, 0.0 if alone.is_set() else settings.drain_s) else 1
 
 
 async def wound_up(worker: Worker[EngineStats], working: "asyncio.Task[None]", drain_s: float) -> bool:

@@ -125,12 +125,17 @@ end
 
 -- A group, its logs and its idempotency key are kept from its last end on.
 local function keep_for_a_while(h)
-  local ids = siblings(h)
-  for _, rid in ipairs(ids) do
+  local ended = {}
+  for _, rid in ipairs(siblings(h)) do
     local st = call('HGET', K .. 'r:' .. rid, 'st')
-    if st and st ~= 'e' then return due(h, nil) end
+    if st == 'e' then
+      ended[#ended + 1] = rid
+    elseif st then
+      call('PEXPIRE', K .. 'o:' .. h.id, call('PTTL', K .. 'r:' .. h.id)) -- it may consist of this end alone
+      return due(h, nil)
+    end
   end
-  for _, rid in ipairs(ids) do
+  for _, rid in ipairs(ended) do
     call('ZADD', K .. 'due', NOW + h.keep, rid)
     for _, kind in ipairs({'r:', 'o:'}) do call('PEXPIRE', K .. kind .. rid, h.keep + SLACK_MS) end
   end
@@ -231,7 +236,7 @@ local function admit(queue, tenant, class, weight, keep, mb, idem, r, num, raw)
   enqueue(h)
   call('PEXPIRE', q, WEEK_MS)
   call('PEXPIRE', t, WEEK_MS)
-  return tag, ttl
+  return ttl
 end
 
 local function state(queue)
@@ -259,16 +264,16 @@ local function submit(keys, a)
     return {'full', waiting, retry_s}
   end
   if waiting == 0 and running == 0 then call('HSET', K .. 'q:' .. queue, 'last', NOW) end
-  local first, ttl
+  local ttl = 0
   for i = 0, num - 1 do
-    local tag, ms = admit(queue, tenant, class, a[6], tonumber(a[7]), '', idem, {unpack(a, 11 + 8 * i, 18 + 8 * i)}, 0)
-    first, ttl = first or tag, math.max(ttl or 0, ms)
+    local r = {unpack(a, 11 + 8 * i, 18 + 8 * i)}
+    ttl = math.max(ttl, admit(queue, tenant, class, a[6], tonumber(a[7]), '', idem, r, 0))
   end
   if idem then
     call('HSET', idem, 'id', a[10], 'body', a[9])
     call('PEXPIRE', idem, ttl)
   end
-  local before = call('ZCOUNT', K .. 'rdy:' .. queue .. ':' .. class, '-inf', '(' .. first)
+  local before = call('ZRANK', K .. 'rdy:' .. queue .. ':' .. class, a[11])
   if class == 'b' then before = before + call('ZCARD', K .. 'rdy:' .. queue .. ':a') end
   return {'ok', a[10], before}
 end
@@ -288,17 +293,18 @@ local function add_reader(rid, mb, api)
   call('HSET', K .. 'r:' .. rid, 'mb', mb == '' and api or mb .. ' ' .. api)
 end
 
+-- All of a group or nothing: after a loss its sequences come back one by one.
 local function lookup(keys, a) -- group, tenant
   begin(keys)
-  local found, i = {}, 0
-  local rid = a[1]
-  while true do
-    local v = call('HMGET', K .. 'r:' .. rid, 'tn', 'p', 'num')
-    if v[1] == a[2] and (rid ~= a[1] or v[3] == '1') then found[#found + 1] = v[2] end
-    if rid == a[1] and v[1] or rid ~= a[1] and v[1] ~= a[2] then return found end
-    rid = a[1] .. '.' .. i
-    i = i + 1
-  end
+  local v = call('HMGET', K .. 'r:' .. a[1], 'tn', 'p', 'num')
+  if v[1] then return v[1] == a[2] and v[3] == '1' and {v[2]} or {} end
+  local found = {}
+  repeat
+    v = call('HMGET', K .. 'r:' .. a[1] .. '.' .. #found, 'tn', 'p', 'num')
+    if v[1] ~= a[2] then return {} end
+    found[#found + 1] = v[2]
+  until #found == tonumber(v[3])
+  return found
 end
 
 -- From here on the mailbox of `api` gets every entry; the reply has those that there were already: payload, queue, then
@@ -431,14 +437,15 @@ local function next_of(ahead, rest)
   return list[list.at - 1]
 end
 
-local function claim(keys, a) -- worker, queue, token of this claim, room
+local function claim(keys, a) -- worker, queue, token of this claim, room, lease
   begin(keys)
   local name, queue, token, room = a[1], a[2], a[3], tonumber(a[4])
   local jobs = {}
   local last = call('HMGET', K .. 'w:' .. name, 'claim', 'jobs')
   if last[1] == token then -- asked again, since the reply was lost
     for rid in string.gmatch(last[2], '%S+') do
-      if call('HGET', K .. 'r:' .. rid, 'lk') == token then jobs[#jobs + 1] = job(rid) end
+      local v = call('HMGET', K .. 'r:' .. rid, 'st', 'lk')
+      if v[1] == 'r' and v[2] == token then jobs[#jobs + 1] = job(rid) end
     end
     return jobs
   end
@@ -462,6 +469,7 @@ local function claim(keys, a) -- worker, queue, token of this claim, room
     end
   end
   if #jobs > 0 then call('HSET', K .. 'w:' .. name, 'claim', token, 'jobs', table.concat(rids, ' ')) end
+  renew(name, a[5]) -- or a worker that was given up, and dies before its next heartbeat, would keep these for ever
   return flush(jobs)
 end
 
@@ -515,9 +523,9 @@ local function commit(keys, a)
     for code in string.gmatch(last[2], '%S+') do codes[#codes + 1] = tonumber(code) end
     return codes
   end
-  renew(a[1], a[2])
   for _, delta in ipairs(cmsgpack.unpack(a[4])) do codes[#codes + 1] = commit_one(unpack(delta)) end
   call('HSET', w, 'seq', a[3], 'codes', table.concat(codes, ' '))
+  renew(a[1], a[2])
   return flush(codes)
 end
 

@@ -132,7 +132,8 @@ class RedisWork:
     async def _claim(self, room: int) -> list[Job]:
         token = secrets.token_hex(16)
         jobs, unwanted, unreadable = [], [], []
-        for id, payload, num_claims, *log in await self._link.call("claim", self._name, self._info.queue, token, room):
+        asked = (self._name, self._info.queue, token, room, self._lease_ms)
+        for id, payload, num_claims, *log in await self._link.call("claim", *asked):
             rid = id.decode()
             if rid in self._held:
                 unwanted += [rid, token]
