@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import msgpack
@@ -29,6 +29,7 @@ from service.errors import Handover, IdempotencyConflict, Overloaded, RequestNot
 
 ASK_S = 0.8  # a client is answered within a second, whatever Redis does
 ATTEND_S, REAP_S = 1.0, 0.5
+KNOWN = [field.name for field in fields(WorkerInfo)]
 ATTENDED = 256  # sequences in one call
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class RedisRequests:
     async def workers(self) -> list[WorkerInfo]:
         """Those that live. Raises `Unavailable`."""
         told = await self._link.call("workers", within_s=ASK_S)
-        return [WorkerInfo(**msgpack.unpackb(info)) for info in told]
+        return [WorkerInfo(*map(msgpack.unpackb(info).get, KNOWN)) for info in told]  # a newer one may tell more
 
     # --- the contract ------------------------------------------------------------------------------------------------
 
