@@ -221,11 +221,10 @@ local function admit(queue, tenant, class, weight, keep, mb, idem, r, num, raw)
     h.size, 't0', NOW, 'dl', h.dl or '', 'qd', h.qd or '', 'orphan', h.orphan or '', 'keep', keep, 'c', 0, 'cn', 0,
     'at', 0, 'mb', mb, 'num', r[8])
   if idem then set(h, 'idem', idem) end
-  local ttl = h.dl and h.dl - NOW + keep + SLACK_MS or WEEK_MS
-  call('PEXPIRE', K .. 'r:' .. h.id, ttl)
+  call('PEXPIRE', K .. 'r:' .. h.id, WEEK_MS) -- not by its deadline: real expiry follows a clock that may step
   if num > 0 then
     call('XADD', K .. 'o:' .. h.id, num .. '-1', 'e', raw)
-    call('PEXPIRE', K .. 'o:' .. h.id, ttl)
+    call('PEXPIRE', K .. 'o:' .. h.id, WEEK_MS)
   end
   local finish_tag = tag + r[4] / weight
   call('HSET', t, f, finish_tag)
@@ -271,7 +270,7 @@ local function submit(keys, a)
   end
   if idem then
     call('HSET', idem, 'id', a[10], 'body', a[9])
-    call('PEXPIRE', idem, ttl)
+    call('PEXPIRE', idem, WEEK_MS)
   end
   local before = call('ZRANK', K .. 'rdy:' .. queue .. ':' .. class, a[11])
   if class == 'b' then before = before + call('ZCARD', K .. 'rdy:' .. queue .. ':a') end

@@ -5,7 +5,7 @@ All keys begin with `millrace:{0}:`; the braces put them into one slot of a clus
 | key | type | holds | goes |
 |---|---|---|---|
 | `clock` | hash | wall: Redis's clock at the last call; ms: the protocol's own | never |
-| `r:<rid>` | hash | the request (`p`) and its state, see below | by `due`; expiry 600 s later |
+| `r:<rid>` | hash | the request (`p`) and its state, see below | by `due`; real expiry long after |
 | `o:<rid>` | stream | the log: an entry's id is `<ids so far>-1`, the terminal one's `<ids>-2` | with `r:` |
 | `rdy:<queue>:a`, `:b` | sorted set | waiting, ahead and the others, by start tag of fair queueing | when empty |
 | `wait:<queue>` | sorted set | waiting, by time of submission | when empty |
