@@ -235,7 +235,6 @@ local function admit(queue, tenant, class, weight, keep, mb, idem, r, num, raw)
   enqueue(h)
   call('PEXPIRE', q, WEEK_MS)
   call('PEXPIRE', t, WEEK_MS)
-  return ttl
 end
 
 local function state(queue)
@@ -263,10 +262,9 @@ local function submit(keys, a)
     return {'full', waiting, retry_s}
   end
   if waiting == 0 and running == 0 then call('HSET', K .. 'q:' .. queue, 'last', NOW) end
-  local ttl = 0
   for i = 0, num - 1 do
     local r = {unpack(a, 11 + 8 * i, 18 + 8 * i)}
-    ttl = math.max(ttl, admit(queue, tenant, class, a[6], tonumber(a[7]), '', idem, r, 0))
+    admit(queue, tenant, class, a[6], tonumber(a[7]), '', idem, r, 0)
   end
   if idem then
     call('HSET', idem, 'id', a[10], 'body', a[9])
