@@ -8,6 +8,7 @@ the stream itself; what the tokens should be is `history.py`'s question.
 import asyncio
 import itertools
 import json
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -121,15 +122,30 @@ class Reading:
 
 
 async def connect(
-    port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    port: int,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+    buffer_bytes: int = 0,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """An open connection with the request written to it. Raises `OSError`."""
+    """An open connection with the request written to it. With `buffer_bytes` it takes hardly more than that before
+    somebody reads. Raises `OSError`."""
     lines = [f"{method} {path} HTTP/1.1", "host: 127.0.0.1", "connection: close"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     if body:
         lines += ["content-type: application/json", f"content-length: {len(body)}"]
-    async with asyncio.timeout(CONNECT_S):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    raw = socket.socket()
+    raw.setblocking(False)
+    if buffer_bytes:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            await asyncio.get_running_loop().sock_connect(raw, ("127.0.0.1", port))
+    except BaseException:
+        raw.close()
+        raise
+    reader, writer = await asyncio.open_connection(sock=raw, limit=buffer_bytes or 1 << 16)
     writer.write("\r\n".join([*lines, "", ""]).encode() + body)
     return reader, writer
 
@@ -141,12 +157,16 @@ async def read_part(
     body: bytes = b"",
     headers: Mapping[str, str] | None = None,
     take: Callable[[Event], None] = lambda event: None,
+    wait_for: asyncio.Event | None = None,
 ) -> Part:
-    """One connection from request to end; `take` gets each event as it comes. Never raises for what breaks."""
+    """One connection from request to end; `take` gets each event as it comes. Nothing is read before `wait_for` is set.
+    Never raises for what breaks."""
     part = Part(port, time.monotonic())
     writer = None
     try:
-        reader, writer = await connect(port, method, path, body, headers)
+        reader, writer = await connect(port, method, path, body, headers, 0 if wait_for is None else 4096)
+        if wait_for is not None:
+            await wait_for.wait()
         part.head = parse_head((await reader.readuntil(b"\r\n\r\n"))[:-4])
         if "text/event-stream" in part.head.headers.get("content-type", ""):
             await _read_events(reader, part, take)

@@ -60,7 +60,7 @@ def assert_clean(cluster: Cluster, fds: dict[str, int] | None = None, guard_s: f
         found = left_in_redis(cluster.redis, len(workers))
         found += [told for api in apis if (told := off_balance(api))]
         for process in (*workers, *apis):
-            if (num := process.num_connections(cluster.redis.port)) > MAX_CONNECTIONS:
+            if (num := process.num_connections(cluster.redis_ports)) > MAX_CONNECTIONS:
                 found.append(f"{process.name} has {num} connections to Redis")
         for api in apis:
             if fds and api.name in fds and (num := api.num_fds()) > fds[api.name] + 2:

@@ -4,6 +4,7 @@ A `Cluster` is one Redis, any number of `millrace api` and `millrace worker`, ea
 conditions, never for a time; how a process is told to fail from within is `toy.py`'s business.
 """
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,11 +16,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import urlsplit
 
 import psutil
 
+from tests.faults import toy
 from tests.faults.redis_server import RedisServer, free_port
 
+FORKS = multiprocessing.get_context("forkserver")
 ROOT = Path(__file__).parent.parent.parent
 START_S = 60.0  # a hang guard
 GUARD_S = 30.0
@@ -88,12 +92,12 @@ class Process:
         self.kill9()
         psutil.wait_procs(below, timeout=GUARD_S)
 
-    def num_connections(self, port: int) -> int:
-        """Its open TCP connections to a port, its children's included."""
+    def num_connections(self, ports: set[int]) -> int:
+        """Its open TCP connections to these ports, its children's included."""
         found = 0
         for process in [psutil.Process(self.pid), *self.children()]:
             with suppress(psutil.NoSuchProcess):
-                found += sum(bool(c.raddr) and c.raddr.port == port for c in process.net_connections("tcp"))
+                found += sum(bool(c.raddr) and c.raddr.port in ports for c in process.net_connections("tcp"))
         return found
 
     def num_fds(self) -> int:
@@ -115,7 +119,7 @@ class Process:
         return self.log.read_text(errors="replace")
 
     def _signal_all(self, number: signal.Signals) -> None:
-        for process in [psutil.Process(self.pid), *self.children()]:
+        for process in [psutil.Process(self.pid), *self.children()] if self.alive() else []:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
@@ -168,6 +172,36 @@ class Worker(Process):
         self.clear()
 
 
+class Toy(Process):
+    """A `toy.py` worker. Forked from a process that has imported torch already, since tests start many of them."""
+
+    def __init__(self, name: str, argv: Sequence[str], log: Path) -> None:
+        self.name, self.log = name, log
+        FORKS.set_forkserver_preload(["tests.faults.toy"])
+        self._process = FORKS.Process(target=toy.forked, args=(argv, str(log)), name=name, daemon=True)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def kill9(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def term(self) -> None:
+        self._process.terminate()
+
+    def exit_code(self, guard_s: float = GUARD_S) -> int:
+        self._process.join(guard_s)
+        assert self._process.exitcode is not None, f"{self.name} has not ended within {guard_s:.0f} s"
+        return self._process.exitcode
+
+
 class Cluster:
     """Everything of one test. At the end all of it is killed, and after a failure the ends of the logs are printed."""
 
@@ -175,7 +209,8 @@ class Cluster:
         self.redis, self.model, self.folder, self.lease_s = redis, model, folder, lease_s
         self.apis: list[Api] = []
         self.workers: list[Worker] = []
-        self.others: list[Process] = []
+        self.toys: list[Toy] = []
+        self.redis_ports = {redis.port}  # by which it is reached
         self._num_started = 0
 
     def __enter__(self) -> "Cluster":
@@ -184,7 +219,7 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in (*self.apis, *self.workers, *self.others):
+        for process in (*self.apis, *self.workers, *self.toys):
             process.clear()
         if error is not None:
             for log in sorted(self.folder.glob("*.log")):
@@ -205,12 +240,11 @@ class Cluster:
         self.workers.append(worker := Worker(name, command, self.folder / f"{name}.log"))
         return worker
 
-    def toy(self, *flags: str, redis_url: str = "") -> Process:
+    def toy(self, *flags: str, redis_url: str = "") -> Toy:
         """Start a `toy.py` worker."""
         name = self._name("toy")
-        command = [sys.executable, "-m", "tests.faults.toy", "--redis-url", redis_url or self.redis.url]
-        command += ["--model", str(self.model), "--lease-s", str(self.lease_s), *flags]
-        self.others.append(process := Process(name, command, self.folder / f"{name}.log"))
+        argv = [*self._where(redis_url), "--lease-s", str(self.lease_s), *flags]
+        self.toys.append(process := Toy(name, argv, self.folder / f"{name}.log"))
         return process
 
     def ports(self) -> list[int]:
@@ -227,15 +261,19 @@ class Cluster:
 
     def running_workers(self) -> list[Process]:
         """Workers and toys that run."""
-        return [process for process in (*self.workers, *self.others) if process.alive()]
+        return [process for process in (*self.workers, *self.toys) if process.alive()]
 
     def num_announced(self) -> int:
         """Workers with a lease."""
         return int(self.redis.cli().zcard("millrace:{0}:workers"))
 
     def _command(self, word: str, redis_url: str) -> list[str]:
-        command = [sys.executable, "-m", "service.cli", word, "--redis-url", redis_url or self.redis.url]
-        return [*command, "--model", str(self.model)]
+        return [sys.executable, "-m", "service.cli", word, *self._where(redis_url)]
+
+    def _where(self, redis_url: str) -> list[str]:
+        url = redis_url or self.redis.url
+        self.redis_ports.add(urlsplit(url).port or 0)
+        return ["--redis-url", url, "--model", str(self.model)]
 
     def _name(self, kind: str) -> str:
         self._num_started += 1

@@ -16,6 +16,7 @@ import asyncio
 import os
 import secrets
 import signal
+import sys
 import threading
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ from model.request import Delta, Finish, FinishReason, Request
 from service.broker.base import Job, Verdict, WorkerSide
 from service.broker.redis import PROTOCOL, Link, WorkerInfo
 from service.broker.redis_work import RedisWork
+from service.work import Watchdog
 from service.worker import EngineSide, Worker
 
 POISON = (7, 7, 7)
@@ -182,9 +184,9 @@ class FailingBroker:
         await self._broker.abandon(ids)
 
 
-def info_of(folder: Path) -> WorkerInfo:
-    """What `millrace worker --dtype float32` announces for this folder."""
-    found, length = fingerprint(folder), read_config(folder).max_position
+def info_of(folder: Path, length: int) -> WorkerInfo:
+    """What `millrace worker --dtype float32` announces for this folder and context length."""
+    found = fingerprint(folder)
     assert found.weights is not None
     queue = queue_name(found.door, found.weights, "float32", length, PROTOCOL)
     return WorkerInfo(queue, found.door, found.weights, "float32", length)
@@ -194,18 +196,22 @@ async def work(args: argparse.Namespace) -> None:
     """Until SIGTERM; then hand over what does not end within the drain."""
     failpoint = Failpoint(args.fail, args.at)
     if args.engine == "real":
-        inner: EngineSide[EngineStats] = Engine.load(args.model, device="cpu", dtype="float32")
+        real = Engine.load(args.model, device="cpu", dtype="float32")
+        engine, length = FailingEngine(real, failpoint, args.step_s), real.config.max_model_len
     else:
-        inner = ToyEngine(read_config(args.model).vocab_size, args.step_s)
-    engine = FailingEngine(inner, failpoint, args.step_s if args.engine == "real" else 0.0)
+        config = read_config(args.model)
+        toy = ToyEngine(config.vocab_size, args.step_s)
+        engine, length = FailingEngine(toy, failpoint), config.max_position
     link = Link(args.redis_url, may_load=True)
     await link.open()
-    broker = RedisWork(link, f"toy-{os.getpid()}-{secrets.token_hex(4)}", info_of(args.model), args.lease_s)
+    broker = RedisWork(link, f"toy-{os.getpid()}-{secrets.token_hex(4)}", info_of(args.model, length), args.lease_s)
     await broker.open()
     worker = Worker(FailingBroker(broker, failpoint), engine)
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     working = asyncio.create_task(worker.run())
+    watchdog = Watchdog(worker.progress_age_s, link.away_s, args.stuck_s)
+    threading.Thread(target=watchdog.run, name="watchdog", daemon=True).start()
     print("working", flush=True)
     await stop.wait()
     await worker.drain(args.drain_s)
@@ -214,19 +220,29 @@ async def work(args: argparse.Namespace) -> None:
     await link.close()
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
+    """Run one worker until it ends or is ended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--redis-url", required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--lease-s", type=float, default=3.0)
     parser.add_argument("--drain-s", type=float, default=5.0)
+    parser.add_argument("--stuck-s", type=float, default=30.0)
     parser.add_argument("--engine", choices=["toy", "real"], default="toy")
     parser.add_argument("--step-s", type=float, default=0.0, help="length of a toy's step; added to a real engine's")
     parser.add_argument("--fail", default=":")
     parser.add_argument("--at", type=int, default=1)
     torch.set_num_threads(1)
-    asyncio.run(work(parser.parse_args()))
+    asyncio.run(work(parser.parse_args(argv)))
+
+
+def forked(argv: Sequence[str], log: str) -> None:
+    """The same in a process that was forked from one which has imported all this: it says everything to `log`."""
+    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    main(argv)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
