@@ -186,6 +186,7 @@ class Chaos:
         tally.statuses.update(reading.statuses)
         if told := complaints(reading, self.oracle):
             tally.wrong.append(f"{reading.id}: {told}")
+            print(f"WRONG {tally.wrong[-1]}", flush=True)
         with suppress(redis.RedisError):  # it may be away just now: then this one is not counted
             claims = self.cluster.redis.cli().hget("millrace:{0}:r:" + reading.id, "at")
             tally.num_claims += max(0, int(claims or 0) - 1)
@@ -238,8 +239,6 @@ class Chaos:
                 f"stall of {len(stalls)} streams hit while decoding: p50 {statistics.median(stalls):.2f} s, "
                 f"p99 {p99:.2f} s, max {stalls[-1]:.2f} s (lease {self.cluster.lease_s:g} s)"
             )
-        for told in tally.wrong[:20]:
-            print(f"WRONG {told}")
 
 
 SAMPLING = {"temperature": 0.8, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}

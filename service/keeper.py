@@ -26,6 +26,7 @@ from service.settings import Settings
 
 REFUSED = 3  # the exit code by which an engine says in one line that it can't start
 HELD_NOTHING = (0, REFUSED, -signal.SIGTERM)  # the last: it had not begun, or it would have drained
+KILLED = -signal.SIGKILL  # by an operator, by a system out of memory: perhaps for a request's sake, perhaps not
 MARGIN_S = 10.0  # beyond the drain's own time, for its last commits and the way out
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 MOST_FAILURES = 8  # engines in a row that ended before they were up
@@ -42,7 +43,7 @@ def keep(settings: Settings) -> None:
     check(url)
     keeper = Keeper(
         lambda name, up: command("engine", "--name", name, "--keeper", str(os.getpid()), "--up", str(up)),
-        lambda name: hand_back(url, name),
+        lambda name, failed: hand_back(url, name, failed),
         settings.drain_s,
         settings.environment(),
     )
@@ -53,13 +54,13 @@ def keep(settings: Settings) -> None:
 
 class Keeper:
     """`engine_command` gives the words that start an engine of that name, which writes a byte to that file descriptor
-    when it is up. `give_back` tells Redis that an engine is dead and returns how many requests it had, or -1 if Redis
-    can't be told."""
+    when it is up. `give_back` tells Redis that an engine is dead, and whether it failed by itself, and returns how many
+    requests it had, or -1 if Redis can't be told."""
 
     def __init__(
         self,
         engine_command: Callable[[str, int], list[str]],
-        give_back: Callable[[str], int],
+        give_back: Callable[[str, bool], int],
         drain_s: float,
         environment: Mapping[str, str] | None = None,
         first_pause_s: float = FIRST_PAUSE_S,
@@ -114,7 +115,7 @@ class Keeper:
             os.set_blocking(told, False)
             was_up = bool(reader.read(1))
         if code not in HELD_NOTHING:
-            num = self._give_back(name)
+            num = self._give_back(name, code != KILLED)
             fate = f"its {num} requests are back in the queue" if num >= 0 else "its requests wait for its lease to end"
             logger.error("engine %s ended with %d; %s", name, code, fate)
         return code, was_up

@@ -12,8 +12,9 @@
 local TICK_MS, AGEING_MS = 1000, 10000
 local SLACK_MS, WEEK_MS = 600000, 8 * 86400000 -- real expiry, should nobody be left to clean up
 local SCAN = 200 -- waiting requests that a claim looks at
-local SUSPECTS = {16, 4, 1} -- how many requests with so many crashes a worker holds at once: halving isolates the culprit
-local CLEARED, MAX_CRASHES, MAX_ATTEMPTS = 16, 4, 20 -- tokens past a crash that clear a request; crashes that end it
+local CRASHED, LOST = 3, 1 -- what counts against each request of an engine that failed by itself, or for unknown reasons
+local SUSPECTS = {16, 4, 1} -- how many requests with 3, 6, 9 counts a worker holds at once: halving isolates the culprit
+local CLEARED, GUILTY, MAX_ATTEMPTS = 16, 12, 100 -- tokens past a crash that clear a request; counts that end it
 local UNSEEN = 2 -- steps that a worker may have computed and not committed: so far one crash lies behind another
 local POISON = 'this request made every engine fail that tried to compute it'
 
@@ -180,25 +181,25 @@ local function doom(h, why)
   end
 end
 
-local function crash(h)
+local function crash(h, count)
   if h.cx then return end_by(h, h.cx) end
   if h.c > 0 and h.n <= h.cn + UNSEEN then
-    h.c = h.c + 1
+    h.c = h.c + count
   else
-    h.c, h.cn = 1, h.n
+    h.c, h.cn = count, h.n
   end
   set(h, 'c', h.c, 'cn', h.cn)
-  if h.c < MAX_CRASHES and h.at < MAX_ATTEMPTS then return requeue(h) end
+  if h.c < GUILTY and h.at < MAX_ATTEMPTS then return requeue(h) end
   call('XADD', K .. 'dead', 'MAXLEN', '~', 1000, '*', 'id', h.id, 'n', h.n, 'attempts', h.at, 'worker', h.wk)
   finish(h, 'error', nil, POISON)
 end
 
-local function lose_worker(name)
+local function lose_worker(name, count)
   local num = 0
   for _, rid in ipairs(call('SMEMBERS', K .. 'held:' .. name)) do
     local h = record(rid)
     if h and h.st == 'r' and h.wk == name then
-      crash(h)
+      crash(h, count)
       num = num + 1
     end
   end
@@ -386,21 +387,23 @@ local function renew(name, lease_ms)
   call('PEXPIRE', K .. 'held:' .. name, WEEK_MS)
 end
 
--- How many more requests with 1, 2, 3 crashes and more this worker may hold.
+local function level(c) return math.min(math.floor(c / 3), #SUSPECTS) end
+
+-- How many more requests of each level and above this worker may hold.
 local function suspicion(name)
   local left = {unpack(SUSPECTS)}
   for _, rid in ipairs(call('SMEMBERS', K .. 'held:' .. name)) do
     local c = tonumber(call('HGET', K .. 'r:' .. rid, 'c') or 0)
-    for k = 1, math.min(c, 3) do left[k] = left[k] - 1 end
+    for k = 1, level(c) do left[k] = left[k] - 1 end
   end
   return left
 end
 
 local function may_take(h, left)
-  for k = 1, math.min(h.c, 3) do
+  for k = 1, level(h.c) do
     if left[k] < 1 then return false end
   end
-  for k = 1, math.min(h.c, 3) do left[k] = left[k] - 1 end
+  for k = 1, level(h.c) do left[k] = left[k] - 1 end
   return true
 end
 
@@ -556,11 +559,13 @@ local function release(keys, a)
   end)
 end
 
-local function abandon(keys, a) return give_up(keys, a, crash) end
+local function abandon(keys, a)
+  return give_up(keys, a, function(h) crash(h, CRASHED) end)
+end
 
-local function lose(keys, a) -- worker: it is dead
+local function lose(keys, a) -- worker: it is dead; '1' if it failed by itself, and was not killed
   begin(keys)
-  return flush(lose_worker(a[1]))
+  return flush(lose_worker(a[1], a[2] == '1' and CRASHED or LOST))
 end
 
 -- the clock's work, done by anyone, often ----------------------------------------------------------------------------
@@ -582,7 +587,7 @@ end
 
 local function reap(keys)
   begin(keys)
-  for _, name in ipairs(call('ZRANGEBYSCORE', K .. 'workers', '-inf', NOW)) do lose_worker(name) end
+  for _, name in ipairs(call('ZRANGEBYSCORE', K .. 'workers', '-inf', NOW)) do lose_worker(name, LOST) end
   for _, rid in ipairs(call('ZRANGEBYSCORE', K .. 'due', '-inf', NOW, 'LIMIT', 0, SCAN)) do come_due(rid) end
   for _, rid in ipairs(call('ZRANGEBYSCORE', K .. 'orphan', '-inf', NOW, 'LIMIT', 0, SCAN)) do
     call('ZREM', K .. 'orphan', rid)

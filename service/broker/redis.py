@@ -20,7 +20,7 @@ All keys begin with `millrace:{0}:`; the braces put them into one slot of a clus
 | `dead` | stream | the last 1,000 requests that were given up after crashes | never |
 
 `r:` has st (w, r, e: waiting, running, ended), lk (this claim's random token), wk (its worker), n (ids in the log), cx
-(c or t: cancelled, out of time, while running), c and cn (crashes in a row at the same place, and where), at (claims),
+(c or t: cancelled, out of time, while running), c and cn (what crashes in a row at one place count against it, and where), at (claims),
 mb (processes that read it), q, tn, cl, tag, size, t0, qms, ft, dl, qd, orphan, keep, idem.
 
 Channels, which may lose messages without harm, the log being the truth: `mail:<api>` carries entries to a process that
@@ -234,8 +234,9 @@ def source() -> str:
     return files("service.broker").joinpath("functions.lua").read_text(encoding="utf-8")
 
 
-def hand_back(url: str, name: str, within_s: float = 5.0) -> int:
+def hand_back(url: str, name: str, failed: bool, within_s: float = 5.0) -> int:
     """For a parent whose engine process died: its requests go back to the queue at once, each with a crash counted.
+    It counts three times as much if the engine `failed` by itself: one that was killed may have done no wrong.
 
     Returns how many. Where Redis does not answer, the worker's lease will run out all the same: -1.
     """
@@ -246,7 +247,7 @@ def hand_back(url: str, name: str, within_s: float = 5.0) -> int:
     with client:
         while True:
             try:
-                num: int = client.fcall(f"millrace{PROTOCOL}_lose", 1, PREFIX + "clock", name)
+                num: int = client.fcall(f"millrace{PROTOCOL}_lose", 1, PREFIX + "clock", name, int(failed))
                 return num
             except exceptions.RedisError:
                 if time.monotonic() > until_s:

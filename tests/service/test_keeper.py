@@ -39,7 +39,7 @@ class Kept:
         self.names.append(name)
         return [sys.executable, "-S", "-c", script, str(up), str(self.folder / name)]
 
-    def _give_back(self, name: str) -> int:
+    def _give_back(self, name: str, failed: bool) -> int:
         self.given_back.append(name)
         return 2
 
