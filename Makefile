@@ -8,14 +8,21 @@ ARGS   ?=
 USERS  ?= 16
 TIME   ?= 30s
 
+MINUTES ?= 5
+KILLS  ?=
+
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test bench load clean
+.PHONY: help serve test redis chaos bench bench-streams bench-commit load clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
-	@echo "make test    every check: ruff, mypy, pytest"
+	@echo "make test    every check: ruff, mypy, pytest (without redis-server the fault tests are skipped, loudly)"
+	@echo "make redis   install redis-server for the fault tests, where it is missing (Debian, Ubuntu; asks for root)"
+	@echo "make chaos   random faults for MINUTES=5, or KILLS=1000 worker kills, every stream checked token by token"
 	@echo "make bench   tokens/s of the bare engine against HTTP streaming, at 1, 8 and 32 streams"
+	@echo "make bench-streams  a thousand streams of a toy engine over Redis: latency, CPU, memory of each process"
+	@echo "make bench-commit   how long Redis takes for one step of 64 requests"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
 	@echo "make clean   remove the virtual environment and caches"
 
@@ -36,8 +43,20 @@ test: $(VENV)/dev.stamp
 	$(RUN)mypy
 	$(RUN)pytest
 
+redis:
+	sh deploy/redis.sh
+
+chaos: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.chaos --minutes $(MINUTES) $(if $(KILLS),--kills $(KILLS) --only kills) $(ARGS)
+
 bench: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.bench $(ARGS)
+
+bench-streams: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.streams $(ARGS)
+
+bench-commit: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.commit $(ARGS)
 
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)
