@@ -35,6 +35,7 @@ BUNDLED = Path(__file__).parent.parent / "model" / "bundled"
 HELD = "millrace:{0}:held:"
 LONGEST = 200  # tokens of a stream
 SEEDS = 8
+PATIENCE_S = 10.0  # for some worker to decode
 
 
 @dataclass
@@ -81,12 +82,12 @@ class Chaos:
     # --- what is done ------------------------------------------------------------------------------------------------
 
     async def kill_worker(self) -> None:
-        """kill -9 of an engine, a keeper, or both, in turn; of a worker that computes, if one does."""
-        if not (up := [worker for worker in self.cluster.workers if worker.alive() and worker.children()]):
+        """kill -9 of an engine, a keeper, or both, in turn: three times of four of a worker that is decoding, once one
+        is, else of any that there is."""
+        if not (up := await self._to_kill(patient=self.turn % 4 != 0)):
             return
         held = self._held()
-        busy = [worker for worker in up if self._requests(worker, held)] or up
-        worker, how = self.rng.choice(busy), ("engine", "keeper", "both")[self.turn % 3]
+        worker, how = self.rng.choice(up), ("engine", "keeper", "both")[self.turn % 3]
         self.turn += 1
         hit = Hit(time.monotonic(), how, self._requests(worker, held))
         if how == "engine":
@@ -100,6 +101,16 @@ class Chaos:
         if how != "engine":
             self.cluster.workers.remove(worker)
             self.cluster.worker()
+
+    async def _to_kill(self, patient: bool) -> list[Worker]:
+        until_s = time.monotonic() + PATIENCE_S
+        while True:
+            up = [worker for worker in self.cluster.workers if worker.alive() and worker.children()]
+            held = self._held()
+            decoding = [worker for worker in up if any(self._requests(worker, held).values())]
+            if decoding or not patient or time.monotonic() > until_s:
+                return (decoding if patient else []) or up
+            await asyncio.sleep(0.02)
 
     async def freeze_worker(self) -> None:
         """A zombie: it wakes when others have taken over, and its writes must be refused."""
