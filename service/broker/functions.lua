@@ -216,7 +216,7 @@ local function admit(queue, tenant, class, weight, keep, mb, idem, r, num, raw)
   local q, t, v, f = K .. 'q:' .. queue, K .. 't:' .. tenant, 'v' .. class, queue .. class
   local tag = math.max(tonumber(call('HGET', q, v)) or 0, tonumber(call('HGET', t, f)) or 0)
   local h = {id = r[1], st = 'w', q = queue, cl = class, tag = tag, size = tonumber(r[3]), t0 = NOW}
-  h.dl, h.qd, h.orphan = tonumber(r[5]), tonumber(r[6]), tonumber(r[7])
+  h.dl, h.qd, h.orphan = tonumber(r[5]), num == 0 and tonumber(r[6]) or nil, tonumber(r[7]) -- with ids it was claimed
   h.dl, h.qd = h.dl and NOW + h.dl, h.qd and NOW + h.qd
   set(h, 'st', 'w', 'lk', '', 'wk', '', 'n', num, 'p', r[2], 'q', queue, 'tn', tenant, 'cl', class, 'tag', tag, 'size',
     h.size, 't0', NOW, 'dl', h.dl or '', 'qd', h.qd or '', 'orphan', h.orphan or '', 'keep', keep, 'c', 0, 'cn', 0,
@@ -351,7 +351,11 @@ local function heal(keys, a)
   call('PEXPIRE', log, ttl)
   set(h, 'n', num)
   h.n = num
-  if h.st == 'r' then requeue(h) end
+  if h.st == 'r' and h.cx then
+    end_by(h, h.cx)
+  elseif h.st == 'r' then
+    requeue(h)
+  end
   return flush(1)
 end
 

@@ -108,7 +108,7 @@ class Functions:
 
     def call(self, name: str, *args: Any) -> Any:
         """Raises what Redis refuses it with."""
-        pipeline = self.cli.pipeline(transaction=False)
+        pipeline: Any = self.cli.pipeline(transaction=False)
         pipeline.execute_command("EVALSHA", self._freeze, 0)
         pipeline.execute_command("FCALL", f"millrace{PROTOCOL}_{name}", 1, PREFIX + "clock", *args)
         frozen, reply = pipeline.execute(raise_on_error=False)
@@ -141,17 +141,18 @@ class Functions:
 
     def field(self, id: str, name: str) -> str | None:
         """Of a request."""
-        value = self.cli.hget(f"{PREFIX}r:{id}", name)
-        return None if value is None else value.decode()
+        value: Any = self.cli.hget(f"{PREFIX}r:{id}", name)
+        return None if value is None else str(value, "utf-8")
 
     def log(self, id: str) -> list[int]:
         """The ids that are stored."""
-        found = self.cli.xrange(f"{PREFIX}o:{id}")
+        found: Any = self.cli.xrange(f"{PREFIX}o:{id}")
         return [token_id for _, fields in found for token_id in msgpack.unpackb(fields[b"e"])[2]]
 
     def end(self, id: str) -> list[Any] | None:
         """Reason, stop and error of the terminal entry."""
-        ((_, fields),) = self.cli.xrevrange(f"{PREFIX}o:{id}", count=1) or [(None, {b"e": entry(0, ())})]
+        found: Any = self.cli.xrevrange(f"{PREFIX}o:{id}", count=1)
+        ((_, fields),) = found or [(None, {b"e": entry(0, ())})]
         finish: list[Any] | None = msgpack.unpackb(fields[b"e"])[4]
         return finish
 
