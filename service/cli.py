@@ -14,7 +14,7 @@ from model.config import CheckpointError, EngineConfigError
 from model.training.options import OptionError, add_arguments
 from service.child import KEEPER_GONE, die_with
 from service.errors import MillraceError
-from service.settings import Settings, SettingsError
+from service.settings import Settings, SettingsError, shown_url
 
 STARTUP_FAILED = 3
 REFUSALS = (ChatTemplateError, CheckpointError, EngineConfigError, OptionError, SettingsError, MillraceError)
@@ -28,6 +28,7 @@ EPILOG = """examples:
 in parts, any number of each, that meet in a Redis:
   millrace api --redis-url redis://localhost       HTTP, without a GPU or the weights
   millrace worker --redis-url redis://localhost    an engine
+  millrace load-functions --redis-url redis://admin:password@localhost     where workers may not do that
 """
 
 
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _serve_arguments(commands.add_parser("serve", help="serve a model over HTTP"))
     _api_arguments(commands.add_parser("api", help="HTTP alone, before a queue in Redis"))
     _worker_arguments(commands.add_parser("worker", help="an engine alone, behind a queue in Redis"))
+    _load_arguments(commands.add_parser("load-functions", help="bring the queue's functions into a Redis"))
     _engine_arguments(commands.add_parser("engine"))  # for a worker's own use, and not listed
     _generate_arguments(commands.add_parser("generate", help="write a text to the terminal"))
     _chat_arguments(commands.add_parser("chat", help="talk to a running server"))
@@ -80,8 +82,12 @@ def _worker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lease-s", type=float, metavar="S", help="seconds that a silent worker keeps its requests")
 
 
-def _process_options(parser: argparse.ArgumentParser) -> None:
+def _redis_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redis-url", metavar="URL", help="redis://[user:password@]host:port, best in the environment")
+
+
+def _process_options(parser: argparse.ArgumentParser) -> None:
+    _redis_option(parser)
     parser.add_argument("--drain-s", type=float, metavar="S", help="on SIGTERM, seconds for running requests to end")
     parser.add_argument("--log-json", action="store_const", const=True, help="log lines as JSON")
 
@@ -141,6 +147,18 @@ def _worker(args: argparse.Namespace) -> None:
     if args.parent is not None:
         die_with(args.parent, signal.SIGTERM)
     import_module("service.keeper").keep(_settings(args, needs_redis=True))
+
+
+def _load_arguments(parser: argparse.ArgumentParser) -> None:
+    _redis_option(parser)
+    parser.set_defaults(run=_load_functions)
+
+
+def _load_functions(args: argparse.Namespace) -> None:
+    url = _settings(args, needs_redis=True).redis_url
+    assert url is not None
+    import_module("service.broker.redis").check(url.get_secret_value(), load=True)
+    print(f"loaded into {shown_url(url.get_secret_value())}")
 
 
 def _engine_arguments(parser: argparse.ArgumentParser) -> None:

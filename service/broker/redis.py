@@ -26,8 +26,10 @@ where), at (claims), mb (processes that read it), q, tn, cl, tag, size, t0, qms,
 Channels, which may lose messages without harm, the log being the truth: `mail:<api>` carries entries to a process that
 reads, `bell:<queue>` says that something waits, `work:<worker>` that a request it computes shall end.
 
-Who loads the functions: workers, at their start and when they are gone (`FUNCTION LOAD REPLACE`). An API process calls
-them and nothing else, so what faces the network may not bring code. What each user needs is in README.
+Who loads the functions: workers, at their start and when they are gone (`FUNCTION LOAD REPLACE`). A worker whose user
+may not do that calls those of its version that it finds, brought by `millrace load-functions`, and without them refuses
+to start. An API process calls them and nothing else, so what faces the network may not bring code. What each user needs
+is in deploy/redis/users.acl.
 """
 
 import asyncio
@@ -53,6 +55,8 @@ PREFIX = "millrace:{0}:"
 PROTOCOL = VERSION  # a change of the functions that an older program can't live with raises it, and the library's name
 CONNECT_S, ANSWER_S, AGAIN_S = 0.5, 1.0, 0.05
 MAX_BATCH = 128  # calls in one round trip
+# How a lost connection shows. The last is uvloop's, for who writes to a transport that was reset.
+LOST = (exceptions.ConnectionError, exceptions.TimeoutError, OSError, RuntimeError)
 # Replies by which a server says that it can't answer now, but will: loading, failing over, its disk full.
 NOT_NOW = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "MISCONF", "NOREPLICAS", "BUSY ")
 UNLOADED = "Function not found"
@@ -84,7 +88,8 @@ class Link:
     """Calls of functions, in order, each retried until it is answered: every function may be asked twice.
 
     One task owns the command connection and sends what has gathered in one round trip; another owns the subscription.
-    A caller that is cancelled therefore never breaks a connection. `may_load`: load the functions where they lack.
+    A caller that is cancelled therefore never breaks a connection. `may_load`: load the functions where they lack, if
+    Redis allows it.
     """
 
     def __init__(self, url: str, may_load: bool = False) -> None:
@@ -101,7 +106,7 @@ class Link:
         try:
             info = await self._client.info()
             if self._may_load:
-                await self._load()
+                await self._load_or_find()
         except exceptions.RedisError as error:
             raise StartupError(_refusal(error, self._where)) from None
         _check_info(info, self._where)
@@ -114,7 +119,7 @@ class Link:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for call in self._calls:
             call.reply.cancel()
-        with suppress(exceptions.RedisError, OSError):
+        with suppress(*LOST, exceptions.RedisError):
             await self._client.aclose()
 
     def away_s(self) -> float:
@@ -159,16 +164,21 @@ class Link:
             pipeline.execute_command("FCALL", f"millrace{PROTOCOL}_{call.name}", 1, PREFIX + "clock", *call.args)
         try:
             replies = await pipeline.execute(raise_on_error=False)
-        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
+        except LOST as error:
             self._lost(error)
             return batch
+        except Exception as error:  # of these calls: the others must not wait for ever on their account
+            logger.error("calls of Redis broke: %s", [call.name for call in batch], exc_info=error)
+            for call in batch:
+                self._settle(call, exceptions.RedisError(str(error)))
+            return []
         again = [call for call, reply in zip(batch, replies, strict=True) if not self._settle(call, reply)]
         if not again:
             self._back()
         elif self._may_load and any(
             isinstance(reply, exceptions.ResponseError) and UNLOADED in str(reply) for reply in replies
         ):
-            with suppress(exceptions.RedisError, OSError):
+            with suppress(*LOST, exceptions.RedisError):
                 await self._load()
         return again
 
@@ -189,7 +199,7 @@ class Link:
     def _lost(self, error: Exception) -> None:
         if self._away_since_s is None:
             self._away_since_s = time.monotonic()
-            told = "no worker has loaded its functions yet" if UNLOADED in str(error) else error
+            told = "its functions are not loaded yet" if UNLOADED in str(error) else error
             logger.warning("Redis at %s does not answer: %s", self._where, told)
 
     def _back(self) -> None:
@@ -200,11 +210,18 @@ class Link:
     async def _load(self) -> None:
         await self._client.function_load(source(), replace=True)
 
+    async def _load_or_find(self) -> None:
+        try:
+            await self._load()
+        except exceptions.NoPermissionError:
+            self._may_load = False
+            await self._client.fcall(f"millrace{PROTOCOL}_reap", 1, PREFIX + "clock")  # the name tells the version
+
     # --- the subscription --------------------------------------------------------------------------------------------
 
     async def _hear(self, handlers: Mapping[bytes, Handler], subscribed: Callable[[], None]) -> None:
         while True:
-            with suppress(exceptions.RedisError, OSError):
+            with suppress(*LOST, exceptions.RedisError):
                 async with self._client.pubsub() as pubsub:
                     await pubsub.subscribe(*handlers)
                     await self._hand_on(pubsub, handlers, subscribed)
@@ -255,13 +272,16 @@ def hand_back(url: str, name: str, failed: bool, within_s: float = 5.0) -> int:
                 time.sleep(AGAIN_S)
 
 
-def check(url: str) -> None:
-    """The start's checks alone, for a process that keeps no connection. Raises `StartupError`."""
+def check(url: str, load: bool = False) -> None:
+    """The start's checks alone, for a process that keeps no connection; with `load` it also loads the functions.
+    Raises `StartupError`."""
     try:
         with redis.Redis.from_url(
             url, retry=Retry(NoBackoff(), 0), socket_timeout=ANSWER_S, socket_connect_timeout=CONNECT_S, protocol=2
         ) as client:
             info = client.info()
+            if load:
+                client.function_load(source(), replace=True)
     except exceptions.RedisError as error:
         raise StartupError(_refusal(error, _where(url))) from None
     except ValueError:
@@ -293,8 +313,11 @@ def _where(url: str) -> str:
 
 def _refusal(error: exceptions.RedisError, where: str) -> str:
     told = str(error)
+    if UNLOADED in told:
+        fix = f"millrace load-functions --redis-url redis://admin:password@{where}"
+        return f"Redis at {where} lacks this version's functions, which this user may not load; who may, runs: {fix}"
     if isinstance(error, exceptions.NoPermissionError):
-        return f"Redis at {where} does not allow this user what it needs: {told}; see README for the ACL rules"
+        return f"Redis at {where} does not allow this user what it needs: {told}; see deploy/redis/users.acl"
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError) or told.startswith(
         ("NOAUTH", "WRONGPASS")
     ):

@@ -57,14 +57,19 @@ if st == 'w' then call('HINCRBY', K .. 'q:' .. q, 'tokens', -size) end
 if st == 'r' then call('HINCRBY', K .. 'q:' .. q, 'running', -1) end"""
 
 
-@contextmanager
-def redis_server(folder: Path, **options: Any) -> Iterator[RedisServer]:
-    """A running one, or the reason why there is none."""
+def need_redis() -> None:
+    """Skips the test, or fails it, with the reason why there is no redis-server."""
     why = missing()
     if why and os.environ.get("REQUIRE_REDIS") == "1":
         pytest.fail(why)
     if why:
         pytest.skip(f"NOT TESTED, for {why}")
+
+
+@contextmanager
+def redis_server(folder: Path, **options: Any) -> Iterator[RedisServer]:
+    """A running one, or the reason why there is none."""
+    need_redis()
     with RedisServer(folder, **options) as server:
         yield server
 

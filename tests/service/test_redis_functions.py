@@ -19,6 +19,7 @@ from tests.service.helpers_broker import HANG_S
 from tests.service.helpers_redis import LEASE_MS, Functions, entry, redis_server
 
 KEEP_MS, SLACK_MS, WEEK_MS = 20_000, 600_000, 8 * 86_400_000
+LARGE = bytes(100_000)  # so that what stays shows
 FLOW = ("q", "x", "b", 1.0, KEEP_MS, "door")  # of `restore`
 
 
@@ -99,7 +100,7 @@ def test_a_zombie_can_neither_write_nor_return_nor_keep_what_it_lost(functions: 
 
 
 def ask_with_key(functions: Functions, id: str) -> Any:
-    asked = (id, b"payload", 3, 7, 5_000, "", 3_000, 1)
+    asked = (id, LARGE, 3, 7, 5_000, "", 3_000, 1)
     return functions.call("submit", "q", 100, 10_000, "x", "b", 1.0, KEEP_MS, "key", "body", id, *asked)
 
 
@@ -127,7 +128,7 @@ def test_a_worker_that_only_claimed_does_not_stay_for_ever(functions: Functions)
 
 
 def live_through(functions: Functions, run: int) -> None:
-    """20 requests with all kinds of ends, until they are forgotten, and a worker that came and went."""
+    """20 requests with all kinds of ends, one of them large, until they are forgotten; a worker comes and goes."""
     ids, worker, token = [f"{run}-{i}" for i in range(20)], f"worker{run}", f"token{run}"
     ask_with_key(functions, ids[0])
     functions.submit(*ids[1:15], orphan="3000")
@@ -155,7 +156,7 @@ def test_many_requests_leave_no_more_behind_than_a_few(functions: Functions) -> 
         live_through(functions, run)
     after, after_bytes = left()
     assert after == before
-    assert after_bytes - before_bytes < 40_000  # 720 requests; of one, that would be 55 bytes
+    assert after_bytes - before_bytes < 5 * len(LARGE)  # of 36; a connection's buffers come and go
 
 
 def test_what_was_given_up_is_remembered_up_to_a_number(functions: Functions) -> None:
