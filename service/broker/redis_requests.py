@@ -99,7 +99,8 @@ class RedisRequests:
     # --- the contract ------------------------------------------------------------------------------------------------
 
     async def submit(self, group: Sequence[Request], key: IdempotencyKey | None = None) -> Accepted:
-        """Where Redis does not answer in time it is taken back, should it have arrived all the same."""
+        """Where Redis does not answer in time it is taken back, should it have arrived all the same; not so one with a
+        key, by which its owner will come again and find it."""
         first = group[0]
         if self._closed:
             raise Unavailable("the server is shutting down")
@@ -111,7 +112,7 @@ class RedisRequests:
         try:
             reply = await self._link.call("submit", *args, within_s=ASK_S)
         except (Unavailable, asyncio.CancelledError):
-            for request in group:
+            for request in group if key is None else ():
                 self._spawn(self._cancel(request.id, request.tenant, within_s=60))
             raise
         match reply:
