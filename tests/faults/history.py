@@ -39,10 +39,10 @@ class Oracle(Protocol):
 
 
 class Unfailed:
-    """The oracle of the real engine in float32. Each pair of prompt and seed is computed once, as far as `num_tokens`;
-    what was asked for is the beginning of that, since nothing but the length ends these answers."""
+    """The oracle of the real engine in float32. Each pair of prompt and seed is computed once, as far as `num_tokens`,
+    and once more if more is asked for; an answer is the beginning of that, since nothing but the length ends these."""
 
-    def __init__(self, folder: Path, num_tokens: int = 450) -> None:
+    def __init__(self, folder: Path, num_tokens: int = 0) -> None:
         self._engine = Engine.load(folder, device="cpu", dtype="float32", max_num_seqs=16)
         self._num_tokens = num_tokens
         self._known: dict[str, list[int]] = {}
@@ -52,16 +52,18 @@ class Unfailed:
         self.prepare([body])
         request = to_request(self._engine.tokenizer, body)
         token_ids = self._known[_kind(body)][: body["max_tokens"]]
-        assert len(token_ids) == body["max_tokens"], "asked for more than was computed"
         return Expected(token_ids, text_of(self._engine.tokenizer, request, token_ids))
 
     def prepare(self, bodies: Iterable[Mapping[str, Any]]) -> None:
         """Compute what is not known yet, in one batch: each of its rows is what it would be alone."""
-        for body in bodies:
-            if (kind := _kind(body)) not in self._known:
-                self._known[kind] = []
-                request = to_request(self._engine.tokenizer, {**body, "max_tokens": self._num_tokens})
-                self._engine.add(replace(request, id=kind))
+        lacking: dict[str, Mapping[str, Any]] = {}
+        for body in sorted(bodies, key=lambda body: int(body["max_tokens"])):
+            if body["max_tokens"] > len(self._known.get(kind := _kind(body), ())):
+                lacking[kind] = body
+        for kind, body in lacking.items():
+            self._known[kind] = []
+            num = max(self._num_tokens, body["max_tokens"])
+            self._engine.add(replace(to_request(self._engine.tokenizer, {**body, "max_tokens": num}), id=kind))
         while self._engine.has_work():
             for delta in self._engine.step():
                 self._known[delta.id] += delta.token_ids

@@ -84,15 +84,14 @@ class Load:
         return await resilient(ports, reading.body, key=key, give_up_s=self._give_up_s, reading=reading)
 
 
-def attempts(redis: RedisServer) -> list[int]:
-    """How often each request that Redis knows was claimed."""
-    cli = redis.cli()
-    return [int(cli.hget(key, "at") or 0) for key in cli.scan_iter("millrace:{0}:r:*", count=1000)]
+def attempts(redis: RedisServer, readings: Sequence[Reading]) -> list[int]:
+    """How often each of these requests was claimed."""
+    return [int(redis.cli().hget(f"millrace:{{0}}:r:{reading.id}", "at") or 0) for reading in readings]
 
 
-def num_take_overs(redis: RedisServer) -> int:
-    """Claims beyond the first of each request."""
-    return sum(max(0, num - 1) for num in attempts(redis))
+def num_take_overs(redis: RedisServer, readings: Sequence[Reading]) -> int:
+    """Claims beyond the first of each of these requests."""
+    return sum(max(0, num - 1) for num in attempts(redis, readings))
 
 
 def num_running(redis: RedisServer) -> int:
