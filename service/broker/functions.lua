@@ -306,17 +306,20 @@ local function lookup(keys, a) -- group, tenant
 end
 
 -- From here on the mailbox of `api` gets every entry; the reply has those that there were already: payload, queue, then
--- of each entry past `known` ids its bytes and its timings.
+-- of each entry past `known` ids its bytes and its timings; of what has ended the end at least, should the log have
+-- lost ids before it.
 local function attach(keys, a) -- rid, tenant, api, known
   begin(keys)
-  local v = call('HMGET', K .. 'r:' .. a[1], 'tn', 'p', 'st', 'orphan', 'mb', 'q')
+  local v = call('HMGET', K .. 'r:' .. a[1], 'tn', 'p', 'st', 'orphan', 'mb', 'q', 'n')
   if v[1] ~= a[2] then return {} end
   if v[3] ~= 'e' then
     add_reader(a[1], v[5], a[3])
     if v[4] ~= '' then call('ZADD', K .. 'orphan', NOW + v[4], a[1]) end
   end
-  local reply = {v[2], v[6]}
-  for _, item in ipairs(call('XRANGE', K .. 'o:' .. a[1], '(' .. (a[4] or 0) .. '-1', '+')) do
+  local reply, log = {v[2], v[6]}, K .. 'o:' .. a[1]
+  local found = call('XRANGE', log, '(' .. (a[4] or 0) .. '-1', '+')
+  if #found == 0 and v[3] == 'e' then found = call('XRANGE', log, v[7] .. '-2', '+') end
+  for _, item in ipairs(found) do
     reply[#reply + 1] = item[2][2]
     reply[#reply + 1] = item[2][4] or ''
   end

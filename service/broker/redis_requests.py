@@ -20,13 +20,14 @@ from typing import Any
 
 import msgpack
 
-from model.request import Delta, Request
+from model.request import Delta, Finish, FinishReason, Request
 from service.broker.base import Accepted, Entry, IdempotencyKey, QueueLoad, Timings
 from service.broker.codec import decode_entry, decode_request, encode_entry, encode_request
 from service.broker.log import Log, since
 from service.broker.redis import AGAIN_S, Link, WorkerInfo
 from service.errors import Handover, IdempotencyConflict, Overloaded, RequestNotFound, Unavailable
 
+DIVERGED = Finish(FinishReason.ERROR, error="the queue lost a part of this answer, and ended it with another one")
 ASK_S = 0.8  # a client is answered within a second, whatever Redis does
 ATTEND_S, REAP_S = 1.0, 0.5
 KNOWN = [field.name for field in fields(WorkerInfo)]
@@ -191,8 +192,11 @@ class RedisRequests:
         if not reply:
             return False
         mirror.request, mirror.queue, *log = reply
-        for raw, timings in zip(log[::2], log[1::2], strict=True):
-            self._take(mirror, _entry(raw, timings))
+        entries = [_entry(raw, timings) for raw, timings in zip(log[::2], log[1::2], strict=True)]
+        for entry in entries:
+            self._take(mirror, entry)
+        if entries and entries[-1].finish and mirror.log.finish is None:  # as other ids, after a loss here unseen
+            mirror.log.append(Entry(mirror.log.num_tokens, finish=DIVERGED, timings=entries[-1].timings))
         return True
 
     async def _open(self, mirror: _Mirror) -> None:
