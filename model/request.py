@@ -53,10 +53,11 @@ class TextOptions:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to generate. A client's request with several choices is a group of these, `<group>.<i>`.
+    """One sequence to generate. A client's request with several choices is a group of these, `<group>.<i>`; of several
+    prompts, those of the first prompt come first, and each prompt has as many.
 
     `orphan_s`: it is cancelled when nobody has followed it for so long; None = it needs no reader. `queue_deadline_s`
-    counts until the first claim only.
+    counts until the first claim only. `about` is for whoever writes the answer, and nobody else's business.
     """
 
     id: str
@@ -71,6 +72,10 @@ class Request:
     queue_deadline_s: float | None = None  # wall clock
     orphan_s: float | None = None
     num_choices: int = 1
+    num_prompts: int = 1
+    about: str = ""
+    request_id: str = ""  # of the HTTP request that brought it, for the logs
+    traceparent: str = ""  # W3C Trace Context; "" = none
 
     @property
     def group(self) -> str:

@@ -20,8 +20,8 @@ from model.families.registry import read_config, read_generation_defaults
 from model.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.http.app import create_app
+from service.http.backend import Backend
 from service.http.intake import Served
-from service.http.routes import Backend
 from service.metrics import Metrics
 from service.settings import BUNDLED, Settings
 

@@ -74,6 +74,18 @@ class Unavailable(MillraceError):
         super().__init__(why)
 
 
+class TimedOut(MillraceError):
+    """The request's time was up before its end; where an API has no other way to say so."""
+
+    code = "timeout"
+
+
+class Cancelled(MillraceError):
+    """Somebody cancelled the request by its id; where an API has no other way to say so."""
+
+    code = "cancelled"
+
+
 class Handover(MillraceError):
     """This process stops serving a stream that goes on: whoever reads it shall come back, here or elsewhere."""
 

@@ -165,8 +165,11 @@ class Generation:
         ]
 
     def usage(self) -> Usage:
-        """The prompt counts once, generated ids of all choices together."""
-        return Usage(len(self.choices[0].request.prompt_ids), sum(choice.num_tokens for choice in self.choices))
+        """Each prompt counts once, generated ids of all choices together."""
+        first = self.choices[0].request
+        answers = first.num_choices // first.num_prompts
+        num_prompt = sum(len(choice.request.prompt_ids) for choice in self.choices[::answers])
+        return Usage(num_prompt, sum(choice.num_tokens for choice in self.choices))
 
     def timings(self) -> dict[str, float | None]:
         """Seconds, as the broker tells them; of several choices the earliest claim and first token, the latest end."""

@@ -40,6 +40,26 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
+class Client:
+    """Who asks: the tenant, and what the logs and traces of the request are to be found by."""
+
+    tenant: str = "default"
+    request_id: str = ""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request in the terms of the native route, whatever the dialect it came in. `prompts` replace the body's where
+    there are several, each with `body.n` answers. `about` is for whoever writes the answer; `kind` begins the id."""
+
+    body: GenerateRequest
+    prompts: tuple[str | list[int], ...] = ()
+    about: str = ""
+    kind: str = "gen-"
+
+
+@dataclass(frozen=True, slots=True)
 class Intake:
     """One client's request: as many sequences as answers were asked for. All that an answer says of it is read off the
     sequences, so that one that comes out of the broker looks like the one that went in."""
@@ -67,38 +87,46 @@ class Intake:
         return self.group[0].sampling.seed
 
 
-async def take_in(body: GenerateRequest, served: Served, tenant: str = "default") -> Intake:
+async def take_in(asked: Asked, served: Served, client: Client = Client()) -> Intake:  # frozen
     """Raises `ModelNotFound`, `InvalidRequest` and `PromptTooLong`."""
+    body = asked.body
     if body.model not in (None, served.name):
         raise ModelNotFound(str(body.model), served.name)
-    if body.background and body.stream:
-        raise InvalidRequest("background", True, "false where `stream` is true: there is nobody to stream to")
     now_s = time.time()
-    prompt_ids = await _prompt_ids(body.prompt, served)
-    sampling = _sampling(body, served, room=served.max_model_len - len(prompt_ids))
+    seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
+    sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
+    for prompt in asked.prompts or (body.prompt,):
+        prompt_ids = await _prompt_ids(prompt, body.on_overflow, served)
+        sampling = _sampling(body, served, seed, room=served.max_model_len - len(prompt_ids))
+        sequences += [(prompt_ids, each) for each in sampling]
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    id = f"gen-{secrets.token_hex(16)}"
+    id = asked.kind + secrets.token_hex(16)
+    num_choices = len(sequences)
     group = tuple(
         Request(
-            id=f"{id}.{i}" if body.n > 1 else id,
+            id=f"{id}.{i}" if num_choices > 1 else id,
             prompt_ids=prompt_ids,
-            sampling=sampling[i],
+            sampling=sampling,
             text=TextOptions(stop=stop, echo=body.echo),
             model=served.name,
-            tenant=tenant,
+            tenant=client.tenant,
             priority=body.priority,
             created_s=now_s,
             deadline_s=now_s + _given(body.timeout_s, served.max_request_s),
             queue_deadline_s=None if body.queue_timeout_s is None else now_s + body.queue_timeout_s,
             orphan_s=None if body.background else served.orphan_s,
-            num_choices=body.n,
+            num_choices=num_choices,
+            num_prompts=len(asked.prompts) or 1,
+            about=asked.about,
+            request_id=client.request_id,
+            traceparent=client.traceparent,
         )
-        for i in range(body.n)
+        for i, (prompt_ids, sampling) in enumerate(sequences)
     )
     return Intake(group)
 
 
-async def _prompt_ids(prompt: str | list[int], served: Served) -> tuple[int, ...]:
+async def _prompt_ids(prompt: str | list[int], on_overflow: str, served: Served) -> tuple[int, ...]:
     encode, limit = served.tokenizer.encode, served.max_model_len - 1  # one token at least must be generated
     if not isinstance(prompt, str):
         ids = prompt
@@ -106,16 +134,17 @@ async def _prompt_ids(prompt: str | list[int], served: Served) -> tuple[int, ...
         ids = encode(prompt, special=True)
     else:
         ids = await asyncio.to_thread(encode, prompt, special=True)
-    if len(ids) > limit:
+    if len(ids) > limit and on_overflow == "reject":
         raise PromptTooLong(len(ids), limit)
+    ids = ids[-limit:]
     if not ids:
         raise InvalidRequest("prompt", prompt, "text that makes at least one token")
     _check_ids("prompt", ids, served)
     return tuple(ids)
 
 
-def _sampling(body: GenerateRequest, served: Served, room: int) -> list[SamplingParams]:
-    """The sampling parameters of each answer; they differ by seed only."""
+def _sampling(body: GenerateRequest, served: Served, seed: int, room: int) -> list[SamplingParams]:
+    """The sampling parameters of each answer to one prompt; they differ by seed only."""
     defaults = served.defaults
     bias = tuple((int(key), float(value)) for key, value in (body.logit_bias or {}).items())
     stop_ids = body.stop_token_ids or []
@@ -124,7 +153,6 @@ def _sampling(body: GenerateRequest, served: Served, room: int) -> list[Sampling
     if body.min_tokens > body.max_tokens:
         raise InvalidRequest("min_tokens", body.min_tokens, f"an integer from 0 to max_tokens, {body.max_tokens}")
     eos_ids = () if body.ignore_eos else served.eos_ids
-    seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
     return [
         SamplingParams(
             temperature=_given(body.temperature, defaults.temperature),

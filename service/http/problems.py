@@ -25,7 +25,9 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "context_length_exceeded": (422, "The prompt is too long"),
     "overloaded": (429, "The queue is full"),
     "internal_error": (500, "Something broke here"),
+    "cancelled": (499, "Cancelled by its id"),
     "unavailable": (503, "Not ready to serve"),
+    "timeout": (504, "The time is up"),
 }
 
 
@@ -70,14 +72,19 @@ def problem(error: MillraceError) -> dict[str, object]:
 
 
 def problem_response(error: MillraceError) -> Response:
-    """The problem as a response, with `Retry-After` where trying again makes sense (RFC 9110, section 10.2.3)."""
+    """The problem as a response."""
     body = problem(error)
+    return Response(orjson.dumps(body), PROBLEMS[str(body["code"])][0], headers_of(error), MEDIA_TYPE)
+
+
+def headers_of(error: MillraceError) -> dict[str, str]:
+    """What goes with an error: `Retry-After` where trying again makes sense (RFC 9110, section 10.2.3)."""
     headers = dict(error.headers) if isinstance(error, HttpRefusal) else {}
     if isinstance(error, Overloaded | Unavailable):
         headers["Retry-After"] = str(error.retry_after_s)
     elif isinstance(error, Handover):
         headers["Retry-After"] = str(HANDOVER_RETRY_S)
-    return Response(orjson.dumps(body), PROBLEMS[str(body["code"])][0], headers, MEDIA_TYPE)
+    return headers
 
 
 def _field(error: InvalidRequest) -> dict[str, str]:

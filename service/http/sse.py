@@ -1,14 +1,14 @@
 """Server-sent events: framing, event ids, the end of a stream, and what happens when its reader goes or stalls.
 
 It knows no JSON and no dialect. Lines end in LF, since many clients split on LF LF; a frame is always whole. The id of
-an event is `<request id>:<tokens so far>`, with several choices a count for each: `<id>:12,9`. After the one terminal
-event comes `data: [DONE]`, whatever has happened before. Only where this process stops and the request goes on, the
+an event is `<request id>:<tokens so far>`, with several choices a count for each: `<id>:12,9`. At the end comes the
+dialect's one terminal group, whatever has happened before. Only where this process stops and the request goes on, the
 stream just ends: its reader shall come back with the last id, and `retry` says how soon.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -17,27 +17,26 @@ from starlette.types import Receive, Scope, Send
 
 from service.errors import Handover
 from service.http.generation import Generation
-from service.http.reply import Native
+from service.http.reply import Dialect
 
 PING_S = 10  # a comment at least this often, so that proxies and half-open connections are noticed
 STUCK_S = 30  # a client that takes nothing for so long is cut
 COMMENT = ServerSentEvent(comment="waiting", sep="\n").encode()
 RETRY = b"retry: 1000\n"  # milliseconds
 HANDED_OVER = b": this server stops; read on with the last event id\nretry: 200\n\n"
-DONE = b"data: [DONE]\n\n"
 HEAD = "millrace.head"  # in a scope: the request was a HEAD before it was made a GET
 
 logger = logging.getLogger(__name__)
 
 
-async def events(generation: Generation, dialect: Native) -> AsyncGenerator[bytes, None]:
-    """Frames: those of one log entry in one write, then the terminal event and `[DONE]`."""
+async def events(generation: Generation, dialect: Dialect) -> AsyncGenerator[bytes, None]:
+    """Frames: those of one log entry in one write, then the terminal group."""
     counts = generation.positions()
     id, opening, is_one = generation.intake.id.encode(), RETRY, len(counts) == 1
 
-    def frame(data: bytes) -> bytes:
+    def frame(event: bytes) -> bytes:
         told = b"%d" % counts[0] if is_one else b",".join([b"%d" % count for count in counts])
-        return b"id: %b:%b\ndata: %b\n\n" % (id, told, data)
+        return b"id: %b:%b\n%b" % (id, told, event)
 
     try:
         async with aclosing(generation.pieces()) as batches:
@@ -45,9 +44,12 @@ async def events(generation: Generation, dialect: Native) -> AsyncGenerator[byte
                 frames = [opening]
                 for piece in pieces:
                     counts[piece.choice] += 1
-                    frames.append(frame(dialect.delta(piece)))
-                yield b"".join(frames)
-                opening = b""
+                    event = dialect.delta(piece)
+                    if event:
+                        frames.append(frame(event))
+                if len(frames) > 1:
+                    yield b"".join(frames)
+                    opening = b""
     except Handover:
         generation.hand_over()
         yield HANDED_OVER
@@ -55,7 +57,7 @@ async def events(generation: Generation, dialect: Native) -> AsyncGenerator[byte
     except Exception as error:
         generation.fail(error)
     counts = generation.positions()
-    yield opening + frame(dialect.terminal(generation)) + DONE
+    yield opening + frame(dialect.ending(generation))
 
 
 class EventStream(EventSourceResponse):
@@ -66,10 +68,10 @@ class EventStream(EventSourceResponse):
     a thousand streams. Also it would end every stream half a second after SIGTERM, without a last event.
     """
 
-    def __init__(self, generation: Generation, dialect: Native) -> None:
-        url = f"/generate/{generation.intake.id}"  # a client that is cut off before the first event needs it
+    def __init__(self, generation: Generation, dialect: Dialect, headers: Mapping[str, str] | None = None) -> None:
         self._generation, self._frames = generation, events(generation, dialect)
-        super().__init__(self._frames, headers={"Content-Location": url})
+        # A client that is cut off before the first event needs to know where to go on.
+        super().__init__(self._frames, headers={"Content-Location": dialect.location, **(headers or {})})
         self._loop = asyncio.get_running_loop()
         self._life = asyncio.timeout(None)  # runs out when the client leaves or takes nothing
         self._sending_since_s: float | None = None

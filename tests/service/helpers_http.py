@@ -17,8 +17,8 @@ from model.tokenizer import Tokenizer
 from service.broker.base import Accepted, Entry, IdempotencyKey, QueueLoad, Timings
 from service.errors import IdempotencyConflict, RequestNotFound
 from service.http.app import create_app
+from service.http.backend import Backend
 from service.http.intake import Served
-from service.http.routes import Backend
 from service.metrics import OUTCOMES, Metrics
 
 STOP, LENGTH = Finish(FinishReason.STOP), Finish(FinishReason.LENGTH)
