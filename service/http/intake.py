@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import time
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from model.config import GenerationDefaults
 from model.request import Request, SamplingParams, TextOptions, child_seed
@@ -48,13 +48,28 @@ class Client:
     traceparent: str = ""
 
 
+class Unwritten(Protocol):
+    """A prompt that has yet to be made of what it is in, say, a conversation. `num_chars` is about how long it is."""
+
+    @property
+    def num_chars(self) -> int: ...
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        """Raises `InvalidRequest`."""
+        ...
+
+
+Prompt = str | list[int] | Unwritten
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A request in the terms of the native route, whatever the dialect it came in. `prompts` replace the body's where
-    there are several, each with `body.n` answers. `about` is for whoever writes the answer; `kind` begins the id."""
+    it is another, or there are several, each with `body.n` answers. `about` is for whoever writes the answer; `kind`
+    begins the id."""
 
     body: GenerateRequest
-    prompts: tuple[str | list[int], ...] = ()
+    prompts: tuple[Prompt, ...] = ()
     about: str = ""
     kind: str = "gen-"
 
@@ -126,10 +141,13 @@ async def take_in(asked: Asked, served: Served, client: Client = Client()) -> In
     return Intake(group)
 
 
-async def _prompt_ids(prompt: str | list[int], on_overflow: str, served: Served) -> tuple[int, ...]:
+async def _prompt_ids(prompt: Prompt, on_overflow: str, served: Served) -> tuple[int, ...]:
     encode, limit = served.tokenizer.encode, served.max_model_len - 1  # one token at least must be generated
-    if not isinstance(prompt, str):
+    if isinstance(prompt, list):
         ids = prompt
+    elif not isinstance(prompt, str):
+        is_short = prompt.num_chars <= MAX_INLINE_CHARS
+        ids = prompt.encode(served.tokenizer) if is_short else await asyncio.to_thread(prompt.encode, served.tokenizer)
     elif len(prompt) <= MAX_INLINE_CHARS:
         ids = encode(prompt, special=True)
     else:
