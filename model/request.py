@@ -103,13 +103,15 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to one request: ids from output position `start` on, and `finish` if it ended with them."""
+    """What one step added to one request: ids from output position `start` on, and `finish` if it ended with them. One
+    with neither says how far its prompt has come: `num_computed` tokens of it."""
 
     id: str
     start: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()  # as many as token_ids, or none
     finish: Finish | None = None
+    num_computed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

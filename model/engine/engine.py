@@ -115,7 +115,8 @@ class Engine:
         return max(0, self.config.max_num_seqs + spare - self.scheduler.num_running - self.scheduler.num_waiting)
 
     def step(self) -> list[Delta]:
-        """Compute one step: at most one new id for each running request, and whoever ended."""
+        """Compute one step: at most one new id for each running request, who ended, and of a prompt that takes several
+        steps how far it has come."""
         plan = self.scheduler.plan()
         done = self.runner.run(plan) if plan.chunks else Computed()
         deltas, self._ended = self._ended, []
@@ -124,6 +125,7 @@ class Engine:
             deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=NOT_FINITE))
         for outcome in self.scheduler.commit(plan, done.token_ids):
             deltas.append(self._delta(outcome, done.logprobs.get(outcome.sequence.id)))
+        deltas += [_progress(c.sequence) for c in plan.chunks if not c.draws and c.sequence not in done.failed]
         self._count(plan, sum(len(delta.token_ids) for delta in deltas))
         return deltas
 
@@ -163,3 +165,7 @@ class Engine:
         self._last_rows = plan.num_tokens
         for chunk in plan.chunks:
             self._prompt_tokens += max(0, min(chunk.start + chunk.num_tokens, chunk.sequence.num_prompt) - chunk.start)
+
+
+def _progress(sequence: Sequence) -> Delta:
+    return Delta(sequence.id, len(sequence.output_ids), num_computed=min(sequence.num_computed, sequence.num_prompt))
