@@ -50,8 +50,8 @@ class Piece(NamedTuple):
 class Choice:
     """One sequence: what has come of it so far. `finish` is None until it has ended.
 
-    The client has the first `after` tokens already. Text is made from all of them, for it depends on all. `held_back`
-    is text that no token brought: a possible stop string or a broken character that the end left as it was.
+    The client has the first `after` tokens already. All are gone through, for text and events depend on those before.
+    `held_back` is text that no token brought: a possible stop string or a broken character that the end left as it was.
     """
 
     def __init__(self, index: int, request: Request, served: Served, book: Book, after: int) -> None:
@@ -66,7 +66,7 @@ class Choice:
         self._num_chars = 0
 
     def take(self, entry: Entry, now_s: float) -> list[Piece]:
-        """The entry's tokens as pieces, in order, but for those that the client has."""
+        """The entry's tokens as pieces, in order, those that the client has as well."""
         assert entry.start == self.num_tokens, f"{self.request.id}: a gap before {entry.start} at {self.num_tokens}"
         assert len(entry.logprobs) in (0, len(entry.token_ids))
         pieces = []
@@ -75,8 +75,7 @@ class Choice:
             if self._opening:
                 text, offset, self._opening = self._opening + text, offset + len(self._opening), ""
             self.num_tokens += 1
-            if self.num_tokens > self.after:
-                pieces.append(Piece(self.index, token_id, text, offset, logprob))
+            pieces.append(Piece(self.index, token_id, text, offset, logprob))
             self._num_chars += len(text)
         if entry.token_ids:
             self.book.tokens(len(entry.token_ids), now_s)

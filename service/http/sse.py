@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 async def events(generation: Generation, dialect: Dialect) -> AsyncGenerator[bytes, None]:
     """Frames: those of one log entry in one write, then the terminal group."""
-    counts = generation.positions()
+    counts, seen = generation.positions(), [0] * len(generation.choices)
     id, opening, is_one = generation.intake.id.encode(), RETRY, len(counts) == 1
 
     def frame(event: bytes) -> bytes:
@@ -43,10 +43,12 @@ async def events(generation: Generation, dialect: Dialect) -> AsyncGenerator[byt
             async for pieces in batches:
                 frames = [opening]
                 for piece in pieces:
-                    counts[piece.choice] += 1
+                    seen[piece.choice] += 1
                     event = dialect.delta(piece)
-                    if event:
-                        frames.append(frame(event))
+                    if seen[piece.choice] > counts[piece.choice]:  # otherwise the reader has it
+                        counts[piece.choice] += 1
+                        if event:
+                            frames.append(frame(event))
                 if len(frames) > 1:
                     yield b"".join(frames)
                     opening = b""
