@@ -21,6 +21,7 @@ from service.http.answering import CLIENT
 from service.http.backend import Backend
 from service.http.intake import Client
 from service.http.openai_errors import refused
+from service.http.openai_routes import OpenAIRoutes
 from service.http.problems import HttpRefusal
 from service.http.routes import Routes
 from service.http.sse import HEAD
@@ -47,6 +48,7 @@ def create_app(backend: Backend, metrics: Metrics, version: str = "0") -> FastAP
         redirect_slashes=False,
     )
     app.include_router(Routes(backend, metrics).router())
+    app.include_router(OpenAIRoutes(backend, metrics).router())
     for path, name in (("/docs", "docs.html"), ("/docs/docs.js", "docs.js"), ("/docs/docs.css", "docs.css")):
         app.add_api_route(path, _page(PAGE / name), include_in_schema=False)
     app.add_exception_handler(MillraceError, _on_error)

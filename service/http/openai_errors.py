@@ -7,7 +7,7 @@ that llama.cpp's clients know.
 import orjson
 from starlette.responses import Response
 
-from service.errors import InvalidRequest, MillraceError, PromptTooLong
+from service.errors import InvalidRequest, MillraceError, PromptTooLong, TimedOut
 from service.http.problems import PROBLEMS, InvalidFields, headers_of, problem, problem_response
 
 OPENAI = "/v1/"  # routes that begin so answer in OpenAI's words
@@ -36,8 +36,10 @@ def openai_error(error: MillraceError) -> dict[str, object]:
 
 
 def openai_response(error: MillraceError) -> Response:
-    """With the status that OpenAI's clients expect: they know 400 where we say 422."""
-    return Response(orjson.dumps(openai_error(error)), _status(error), headers_of(error), "application/json")
+    """With the status that OpenAI's clients expect: they know 400 where we say 422. They try again after any status
+    from 500 on; where the time was up that would only double the load, so they are told not to."""
+    headers = headers_of(error) | ({"x-should-retry": "false"} if isinstance(error, TimedOut) else {})
+    return Response(orjson.dumps(openai_error(error)), _status(error), headers, "application/json")
 
 
 def _status(error: MillraceError) -> int:

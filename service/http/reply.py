@@ -35,7 +35,8 @@ class Dialect(Protocol):
     location: str  # the URL at which the answer can be read again
 
     def delta(self, piece: Piece) -> bytes:
-        """The events that one token brings, joined; none is b""."""
+        """The events that one token brings, joined; none is b"". It is told of every token from the first on, those
+        that a reader who came back has already included."""
         ...
 
     def ending(self, generation: Generation) -> bytes:
@@ -66,7 +67,7 @@ class Native:
 
     def delta(self, piece: Piece) -> bytes:
         """This is the hot path: only what the token changes is encoded."""
-        logprobs = orjson.dumps(self._logprobs([piece])) if self._with_logprobs else b"null"
+        logprobs = orjson.dumps(logprobs_of(self._tokenizer, [piece])) if self._with_logprobs else b"null"
         return b'%b%d,"text":%b,"token_ids":[%d],"logprobs":%b,"finish_reason":null,"stop_reason":null}]}\n\n' % (
             self._head,
             piece.choice,
@@ -108,24 +109,26 @@ class Native:
             "index": choice.index,
             "text": "".join(piece.text for piece in pieces) + choice.held_back,
             "token_ids": [piece.token_id for piece in pieces],
-            "logprobs": self._logprobs(pieces) if self._with_logprobs else None,
+            "logprobs": logprobs_of(self._tokenizer, pieces) if self._with_logprobs else None,
             "finish_reason": finish.reason.value if finish else None,
             "stop_reason": finish.stop_reason if finish else None,
         }
 
-    def _logprobs(self, pieces: list[Piece]) -> dict[str, list[object]]:
-        """In the shape of OpenAI's completions. A number that JSON lacks (-inf) becomes null."""
-        known = [(piece, piece.logprob) for piece in pieces if piece.logprob is not None]
-        return {
-            "tokens": [self._tokenizer.token_text(piece.token_id) for piece, _ in known],
-            "token_logprobs": [logprob.logprob for _, logprob in known],
-            "top_logprobs": [self._top(piece.token_id, logprob) for piece, logprob in known],
-            "text_offset": [piece.offset for piece, _ in known],
-        }
 
-    def _top(self, token_id: int, logprob: TokenLogprob) -> dict[str, float]:
-        """The likeliest and the drawn one; of tokens that look the same, the likelier."""
-        found: dict[str, float] = {}
-        for top_id, value in (*logprob.top, (token_id, logprob.logprob)):
-            found.setdefault(self._tokenizer.token_text(top_id), value)
-        return found
+def logprobs_of(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict[str, list[object]]:
+    """In the shape of OpenAI's completions. A number that JSON lacks (-inf) becomes null."""
+    known = [(piece, piece.logprob) for piece in pieces if piece.logprob is not None]
+    return {
+        "tokens": [tokenizer.token_text(piece.token_id) for piece, _ in known],
+        "token_logprobs": [logprob.logprob for _, logprob in known],
+        "top_logprobs": [_top(tokenizer, piece.token_id, logprob) for piece, logprob in known],
+        "text_offset": [piece.offset for piece, _ in known],
+    }
+
+
+def _top(tokenizer: Tokenizer, token_id: int, logprob: TokenLogprob) -> dict[str, float]:
+    """The likeliest and the drawn one; of tokens that look the same, the likelier."""
+    found: dict[str, float] = {}
+    for top_id, value in (*logprob.top, (token_id, logprob.logprob)):
+        found.setdefault(tokenizer.token_text(top_id), value)
+    return found

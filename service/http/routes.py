@@ -1,4 +1,4 @@
-"""The routes of the native dialect, and those that watch: health, readiness, metrics, models.
+"""The routes of the native dialect, and those that watch: health, readiness, metrics.
 
 A handler says what is asked and how it is answered; the order of things is in `answering.py`, rules are in `intake.py`,
 naming a stored request in `resume.py`, what OpenAPI says of it all in `openapi.py`.
@@ -37,7 +37,6 @@ class Routes:
         add("/generate", self.generate, methods=["POST"], summary="Continue a prompt", **GENERATE)
         add(stored_url, self.read, methods=["GET"], summary="Read a request, from any position", **READ)
         add(stored_url, self.cancel, methods=["DELETE"], summary="Cancel a request, wherever it is", **CANCEL)
-        add("/v1/models", self.models, summary="The served model")
         add("/health", self.health, summary="Alive: 200 as long as the process answers")
         add("/ready", self.ready, summary="Ready to serve: 200, or 503 and why", responses=problems(503))
         add("/metrics", self.metrics, summary="Prometheus metrics", response_class=Response)
@@ -56,12 +55,6 @@ class Routes:
         """Wherever it is."""
         await self._answering.cancel(request, id)
         return JSONResponse({"id": id, "status": "cancelling"}, 202)
-
-    async def models(self) -> Response:
-        """In the shape of OpenAI's list."""
-        served, _ = self._backend.get()
-        card = {"id": served.name, "object": "model", "created": served.created, "owned_by": "millrace"}
-        return JSONResponse({"object": "list", "data": [card | {"max_model_len": served.max_model_len}]})
 
     async def health(self) -> Response:
         """Says nothing of the model: a loading or draining process is alive."""
