@@ -7,6 +7,7 @@ seconds, wall-clock ones since the epoch.
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 
 class FinishReason(StrEnum):
@@ -52,6 +53,15 @@ class TextOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole output must match. `text` is a JSON schema, a regular expression or a grammar in Lark's words; of
+    `json_object`, which is any JSON object, it is empty. `model/grammar.py` says what is taken."""
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate. A client's request with several choices is a group of these, `<group>.<i>`; of several
     prompts, those of the first prompt come first, and each prompt has as many.
@@ -64,6 +74,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     text: TextOptions = field(default_factory=TextOptions)
+    grammar: Grammar | None = None
     model: str = ""
     tenant: str = "default"
     priority: int = 0  # below 0: ahead of the others, until those have waited long

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from model.config import GenerationDefaults
-from model.request import Request, SamplingParams, TextOptions, child_seed
+from model.grammar import GrammarError, check, of_schema
+from model.request import Grammar, Request, SamplingParams, TextOptions, child_seed
 from model.tokenizer import Tokenizer
 from service.errors import InvalidRequest, ModelNotFound, PromptTooLong
 from service.http.schemas import ALLOWED, GenerateRequest
@@ -97,6 +98,13 @@ class Intake:
         return int(self.group[0].created_s)
 
     @property
+    def most_tokens(self) -> int:
+        """What it can take at most, each prompt counted once."""
+        first = self.group[0]
+        prompts = self.group[:: first.num_choices // first.num_prompts]
+        return sum(len(each.prompt_ids) for each in prompts) + sum(each.sampling.max_tokens for each in self.group)
+
+    @property
     def seed(self) -> int:
         """The first answer's; the others' are made from it."""
         return self.group[0].sampling.seed
@@ -109,6 +117,7 @@ async def take_in(asked: Asked, served: Served, client: Client = Client()) -> In
         raise ModelNotFound(str(body.model), served.name)
     now_s = time.time()
     seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
+    grammar = await _grammar(body)
     sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
     for prompt in asked.prompts or (body.prompt,):
         prompt_ids = await _prompt_ids(prompt, body.on_overflow, served)
@@ -123,6 +132,7 @@ async def take_in(asked: Asked, served: Served, client: Client = Client()) -> In
             prompt_ids=prompt_ids,
             sampling=sampling,
             text=TextOptions(stop=stop, echo=body.echo),
+            grammar=grammar,
             model=served.name,
             tenant=client.tenant,
             priority=body.priority,
@@ -159,6 +169,31 @@ async def _prompt_ids(prompt: Prompt, on_overflow: str, served: Served) -> tuple
         raise InvalidRequest("prompt", prompt, "text that makes at least one token")
     _check_ids("prompt", ids, served)
     return tuple(ids)
+
+
+async def _grammar(body: GenerateRequest) -> Grammar | None:
+    """What the output is held to, looked at as closely as the worker will."""
+    wanted: list[tuple[str, Grammar]] = []
+    if body.response_format is not None and body.response_format.type != "text":
+        schema = body.response_format.json_schema
+        try:
+            wanted.append(("response_format", of_schema(schema.body) if schema else Grammar("json_object")))
+        except GrammarError as error:
+            raise InvalidRequest("response_format", schema.body if schema else None, str(error)) from None
+    if body.regex is not None:
+        wanted.append(("regex", Grammar("regex", body.regex)))
+    if body.grammar is not None:
+        wanted.append(("grammar", Grammar("lark", body.grammar)))
+    if not wanted:
+        return None
+    field, grammar = wanted[-1]
+    if len(wanted) > 1:
+        raise InvalidRequest(field, grammar.text, f"nothing beside {wanted[0][0]}: one of them at a time")
+    try:
+        await asyncio.to_thread(check, grammar)
+    except GrammarError as error:
+        raise InvalidRequest(field, grammar.text, str(error)) from None
+    return grammar
 
 
 def _sampling(body: GenerateRequest, served: Served, seed: int, room: int) -> list[SamplingParams]:
