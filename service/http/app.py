@@ -1,4 +1,4 @@
-"""The door as an ASGI application: routes, errors in each route's words, request ids, HEAD, and the documentation page.
+"""The door as an ASGI application: routes, errors in each route's words, request ids, HEAD, and the pages.
 
 It starts with nothing loaded, so that the port can be bound first; `Backend.loaded` opens it. It holds no rules of its
 own about requests.
@@ -7,8 +7,6 @@ own about requests.
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -22,14 +20,12 @@ from service.http.backend import Backend
 from service.http.intake import Client
 from service.http.openai_errors import refused
 from service.http.openai_routes import OpenAIRoutes
+from service.http.pages import add_pages
 from service.http.problems import HttpRefusal
 from service.http.routes import Routes
 from service.http.sse import HEAD
 from service.metrics import Metrics
 
-PAGE = Path(__file__).parent / "page"
-MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
-CSP = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 TRACEPARENT = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, 3.2
 CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -49,8 +45,7 @@ def create_app(backend: Backend, metrics: Metrics, version: str = "0") -> FastAP
     )
     app.include_router(Routes(backend, metrics).router())
     app.include_router(OpenAIRoutes(backend, metrics).router())
-    for path, name in (("/docs", "docs.html"), ("/docs/docs.js", "docs.js"), ("/docs/docs.css", "docs.css")):
-        app.add_api_route(path, _page(PAGE / name), include_in_schema=False)
+    add_pages(app)
     app.add_exception_handler(MillraceError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(Edge)
@@ -114,13 +109,3 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     code = CODES.get(error.status_code, MillraceError.code)
     detail = f"{request.method[:16]} is not taken here" if code == "method_not_allowed" else "see /docs for the routes"
     return refused(request.scope["path"], HttpRefusal(code, detail, dict(error.headers or {})))
-
-
-def _page(path: Path) -> Callable[[], Awaitable[Response]]:
-    body = path.read_bytes()
-    headers = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff"}
-
-    async def page() -> Response:
-        return Response(body, media_type=MEDIA_TYPES[path.suffix], headers=headers)
-
-    return page
