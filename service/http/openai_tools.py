@@ -45,7 +45,9 @@ class CallFinder:
         self._held = ""
         self._opening: str | None = None  # of the call that the held text goes on from; "" = it has none
         self._scan = _Scan()
-        self._said = self._called = False  # text that is not space; a call
+        self._said = self._called = False  # text that is more than space; a call
+        self._speaking = False  # that text came last, and no call
+        self._closing = False  # the end of a call may come next
 
     def push(self, text: str) -> list[str | Call]:
         """What is certain now."""
@@ -60,13 +62,19 @@ class CallFinder:
         found: list[str | Call] = []
         rest, self._held = (self._opening or "") + self._held, ""
         self._opening = None
-        if rest.strip() or not self._called:
+        if (rest.strip() and not self._closing) or self._speaking or not self._called:
             self._say(rest, found)
         return found
 
     def _in_text(self, found: list[str | Call]) -> bool:
         """One step; False if it needs more text."""
-        if not self._held.strip():
+        space = BETWEEN if self._called and not self._said else None
+        if self._closing:
+            rest = self._held.lstrip()
+            if HERMES_END.startswith(rest) and rest != HERMES_END:
+                return False
+            self._held, self._closing = rest.removeprefix(HERMES_END), False
+        if not self._speaking and not self._held.strip(space):
             return False  # space may go before a call or after one, and then means nothing
         if not self._said and self._held.lstrip(BETWEEN).startswith("{"):
             self._open("", self._held)
@@ -74,12 +82,12 @@ class CallFinder:
         starts = [(at, opening) for opening in OPENINGS if (at := self._held.find(opening)) >= 0]
         if starts:
             at, opening = min(starts)
-            if self._held[:at].strip():
+            if self._speaking or self._held[:at].strip():
                 self._say(self._held[:at], found)
             self._open(opening, self._held[at + len(opening) :])
             return True
         cut = len(self._held) - _num_begun(self._held)
-        if self._held[:cut].strip():
+        if self._speaking or self._held[:cut].strip():
             self._say(self._held[:cut], found)
             self._held = self._held[cut:]
         return False
@@ -105,14 +113,10 @@ class CallFinder:
         calls = self._calls(self._held[start:end], name)
         if calls is None:
             return self._give_up(found)
-        rest = self._held[end:]
-        if self._opening == HERMES:
-            tail = rest.lstrip()
-            if HERMES_END.startswith(tail) and tail != HERMES_END:
-                return False  # it may yet come
-            rest = tail.removeprefix(HERMES_END)
         found += calls
-        self._called, self._opening, self._held = True, None, rest
+        self._closing, self._opening = self._opening == HERMES, None
+        self._called, self._speaking = True, False
+        self._held = self._held[end:]
         return True
 
     def _calls(self, text: str, name: str) -> list[Call] | None:
@@ -136,12 +140,12 @@ class CallFinder:
     def _give_up(self, found: list[str | Call]) -> bool:
         """It was none."""
         self._say(self._opening or "", found)
-        self._opening, self._said = None, True
+        self._opening, self._said, self._speaking = None, True, True
         return True
 
     def _say(self, text: str, found: list[str | Call]) -> None:
         if text:
-            self._said = True
+            self._said = self._speaking = True
             found.append(text)
 
 
