@@ -24,6 +24,7 @@ from service.http.pages import add_pages
 from service.http.problems import HttpRefusal
 from service.http.routes import Routes
 from service.http.sse import HEAD
+from service.http.text_routes import TextRoutes
 from service.metrics import Metrics
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -45,6 +46,7 @@ def create_app(backend: Backend, metrics: Metrics, version: str = "0") -> FastAP
     )
     app.include_router(Routes(backend, metrics).router())
     app.include_router(OpenAIRoutes(backend, metrics).router())
+    app.include_router(TextRoutes(backend).router())
     add_pages(app)
     app.add_exception_handler(MillraceError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
