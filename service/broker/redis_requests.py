@@ -69,7 +69,7 @@ class RedisRequests:
     ) -> None:
         self._link, self._queue, self._clock = link, queue, clock
         self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
-        self._keep_ms, self._weights = int(keep_s * 1000), weights or {}
+        self._keep_ms, self._weights = int(keep_s * 1000), {} if weights is None else weights
         self._name = secrets.token_hex(8)
         self._mirrors: dict[str, dict[str, _Mirror]] = {}  # by id and tenant: a stranger who asks for an id is apart
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -17,6 +17,7 @@ from service.http.backend import Backend
 from service.http.body import read_json
 from service.http.generation import Generation
 from service.http.intake import Asked, Client, Intake, Served, take_in
+from service.http.limits import VISIT, Visit
 from service.http.reply import Dialect
 from service.http.resume import admitted, idempotency_key, stored
 from service.http.sse import HEAD, EventStream
@@ -57,8 +58,11 @@ class Answering:
     async def answer(self, request: Request, read: Read) -> Response:
         """Whole, as a stream, or at once if it is for later. Refusals are raised before any of it begins."""
         arrived_s, client = time.monotonic(), client_of(request)
+        visit: Visit | None = request.scope.get(VISIT)
         with self.refusals():
             served, broker = self.backend.get()
+            if visit is not None:
+                visit.enter()
             data = await read_json(request)
             order = read(data, served)
             key = idempotency_key(request, data)
@@ -66,12 +70,16 @@ class Answering:
             if load.full and key is None:  # one with a key may be in already, and then takes no room
                 raise Overloaded(load.retry_after_s, load.num_waiting)
             taken = await take_in(order.asked, served, client)
+            if visit is not None:
+                visit.reserve(taken.most_tokens)
             intake = await admitted(broker, taken, key, served)
         body = order.asked.body
         to_leave_is_to_cancel = not (body.resumable or body.background)
         generation = Generation(intake, served, broker, self.metrics, cancels=to_leave_is_to_cancel)
         if intake is taken:
             generation.begin(arrived_s)
+        if visit is not None:
+            visit.used = generation.used if intake is taken else lambda: 0
         if body.background and not body.stream:
             await generation.close()
             return _with_headers(order.submitted(intake), order.headers)

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import MillraceError
 from service.http.answering import CLIENT
 from service.http.backend import Backend
+from service.http.gate import Gate, Rules
 from service.http.intake import Client
 from service.http.openai_errors import refused
 from service.http.openai_routes import OpenAIRoutes
@@ -29,13 +30,14 @@ from service.metrics import Metrics
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 TRACEPARENT = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, 3.2
+ANYBODY = Rules()
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(backend: Backend, metrics: Metrics, version: str = "0") -> FastAPI:
-    """The application over a backend that may still be empty."""
+def create_app(backend: Backend, metrics: Metrics, version: str = "0", rules: Rules = ANYBODY) -> FastAPI:
+    """The application over a backend that may still be empty; `rules` say who may come in."""
     app = FastAPI(
         title="Millrace",
         version=version,
@@ -50,6 +52,7 @@ def create_app(backend: Backend, metrics: Metrics, version: str = "0") -> FastAP
     add_pages(app)
     app.add_exception_handler(MillraceError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_middleware(Gate, rules=rules, metrics=metrics)
     app.add_middleware(Edge)
     return app
 

@@ -170,6 +170,13 @@ class Generation:
         num_prompt = sum(len(choice.request.prompt_ids) for choice in self.choices[::answers])
         return Usage(num_prompt, sum(choice.num_tokens for choice in self.choices))
 
+    def used(self) -> int | None:
+        """Tokens of prompts and answers; None while it goes on without this reader."""
+        if not self._cancels and not all(choice.told_end for choice in self.choices):
+            return None
+        usage = self.usage()
+        return usage.prompt_tokens + usage.completion_tokens
+
     def timings(self) -> dict[str, float | None]:
         """Seconds, as the broker tells them; of several choices the earliest claim and first token, the latest end."""
         known = [choice.timings for choice in self.choices if choice.timings is not None]

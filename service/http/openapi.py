@@ -61,7 +61,7 @@ GENERATE: dict[str, Any] = {
             "description": "It was asked for in the background",
             "headers": {"Location": {"description": "The URL to read it at", **TEXT}},
         },
-        **problems(400, 404, 409, 413, 415, 422, 429, 500, 503),
+        **problems(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 431, 500, 503),
     },
 }
 
@@ -87,11 +87,14 @@ READ: dict[str, Any] = {
             ),
         ]
     },
-    "responses": {200: _answer(f"The answer, once it is there, {EVENTS}"), **problems(404, 422, 500, 503)},
+    "responses": {200: _answer(f"The answer, once it is there, {EVENTS}"), **problems(401, 404, 422, 500, 503)},
 }
 
 CANCEL: dict[str, Any] = {
     "response_class": Response,
     "status_code": 202,
-    "responses": {202: {"model": Cancelling, "description": "What has not ended will end"}, **problems(404, 422, 503)},
+    "responses": {
+        202: {"model": Cancelling, "description": "What has not ended will end"},
+        **problems(401, 404, 422, 503),
+    },
 }

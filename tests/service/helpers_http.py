@@ -182,6 +182,7 @@ class Visitor:
     """An ASGI client that sends a body, or reads `id`, and leaves when `leave` is called or after so many messages."""
 
     leave_after = 0
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
     def __init__(self, app: FastAPI, id: str | None = None, query: bytes = b"", **fields: Any) -> None:
         self._app, self._body = app, json.dumps({"prompt": "hi", **fields}).encode()
@@ -215,7 +216,7 @@ class Visitor:
             "query_string": self._query,
             "root_path": "",
             "scheme": "http",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"host", b"test"), (b"content-type", b"application/json"), *self.headers],
             "server": ("test", 80),
             "client": ("test", 1),
         }

@@ -148,8 +148,8 @@ async def test_openapi_tells_how_to_read_again_and_how_to_cancel() -> None:
     assert [parameter["name"] for parameter in read["parameters"]] == ["id", "Last-Event-ID", "after", "stream"]
     assert set(post["responses"]) >= {"200", "202", "409", "422"}
     assert set(post["responses"]["202"]["headers"]) == {"Location"}
-    assert set(read["responses"]) == {"200", "404", "422", "500", "503"}
-    assert set(cancel["responses"]) == {"202", "404", "422", "503"}
+    assert set(read["responses"]) == {"200", "401", "404", "422", "500", "503"}
+    assert set(cancel["responses"]) == {"202", "401", "404", "422", "503"}
     assert "interleaved" in read["responses"]["200"]["description"]
 
 
