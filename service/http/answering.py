@@ -19,7 +19,7 @@ from service.http.generation import Generation
 from service.http.intake import Asked, Client, Intake, Served, take_in
 from service.http.limits import VISIT, Visit
 from service.http.reply import Dialect
-from service.http.resume import admitted, idempotency_key, stored
+from service.http.resume import admitted, idempotency_key, stored, wants_progress
 from service.http.sse import HEAD, EventStream
 from service.http.whole import submitted, whole
 from service.metrics import Metrics
@@ -85,7 +85,10 @@ class Answering:
             return _with_headers(order.submitted(intake), order.headers)
         if intake is not taken:
             self.metrics.resumed.inc()
-        return await self._reply(request, generation, order.speak(intake, served), body.stream, order.headers)
+        dialect = order.speak(intake, served)
+        if body.stream:
+            return EventStream(generation, dialect, order.headers, body.progress)
+        return _with_headers(await whole(request, generation, dialect), order.headers)
 
     async def read(
         self, request: Request, id: str, after: Callable[[Intake], tuple[int, ...] | None], speak: Speak
@@ -95,13 +98,16 @@ class Answering:
         with self.refusals():
             served, broker = self.backend.get()
             intake = await stored(broker, id, client_of(request).tenant, served)
-            counts = after(intake)
+            counts, with_progress = after(intake), wants_progress(request)
         if request.scope.get(HEAD) and counts is None:  # it would wait for the answer
             return Response(media_type="application/json")
         if not request.scope.get(HEAD):
             self.metrics.resumed.inc()
         generation = Generation(intake, served, broker, self.metrics, counts or ())
-        return await self._reply(request, generation, speak(intake, served), counts is not None, {})
+        dialect = speak(intake, served)
+        if counts is None:
+            return await whole(request, generation, dialect)
+        return EventStream(generation, dialect, with_progress=with_progress)
 
     async def cancel(self, request: Request, id: str) -> None:
         """Taken on while this process serves others no more, for it makes room."""
@@ -117,13 +123,6 @@ class Answering:
         except MillraceError as error:
             self.metrics.refused(error.code)
             raise
-
-    async def _reply(
-        self, request: Request, generation: Generation, dialect: Dialect, stream: bool, headers: Mapping[str, str]
-    ) -> Response:
-        if stream:
-            return EventStream(generation, dialect, headers)
-        return _with_headers(await whole(request, generation, dialect), headers)
 
 
 async def cancel_group(broker: RequestSide, id: str, tenant: str) -> None:

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from itertools import repeat
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from model.assemble import Assembler
 from model.request import Finish, FinishReason, Request, TokenLogprob, Usage
 from service.broker.base import CANCELLED, Entry, RequestSide, Timings
-from service.errors import MillraceError
+from service.errors import MillraceError, Unavailable
 from service.http.intake import Intake, Served
 from service.logs import fields
 from service.metrics import HANDED_OVER, Book, Metrics
@@ -32,6 +32,7 @@ from service.metrics import HANDED_OVER, Book, Metrics
 # writing the event; a long entry is taken in parts.
 ENTRIES_PER_BREATH = 16
 TOKENS_PER_PART = 64
+LOOK_S = 1.0  # between two looks at how a request stands whose client wants to know
 NO_LOGPROBS = repeat(None)
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,15 @@ class Piece(NamedTuple):
     text: str
     offset: int
     logprob: TokenLogprob | None
+
+
+class Standing(NamedTuple):
+    """How a request stands before its first token: how many wait before it, None if it does not wait, and how many
+    tokens of its prompt are computed."""
+
+    position: int | None
+    num_computed: int
+    num_prompt: int
 
 
 class Choice:
@@ -128,6 +138,21 @@ class Generation:
                         await asyncio.sleep(0)
         if not all(choice.told_end for choice in self.choices):
             raise MillraceError("the log ended without saying how")
+
+    async def standings(self) -> AsyncGenerator[Standing, None]:
+        """How its first choice stands, at once and whenever that has changed, until a token or its end has come. Where
+        the broker can't be asked, nothing new is told."""
+        first, told = self.choices[0], None
+        while not first.num_tokens and first.finish is None:
+            with suppress(Unavailable):
+                glance = await self._broker.peek(first.request.id, first.request.tenant)
+                if glance.log.token_ids or glance.log.finish:
+                    return
+                standing = Standing(glance.position, glance.num_computed, len(first.request.prompt_ids))
+                if standing != told:
+                    told = standing
+                    yield standing
+            await asyncio.sleep(LOOK_S)
 
     def fail(self, error: Exception) -> None:
         """End what has not ended as an error; the cause is logged, and told only if it is from our own tree."""

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response
 
 from service.http.problems import MEDIA_TYPE, PROBLEMS
-from service.http.resume import AFTER, ALLOWED_COUNTS, ALLOWED_KEY, KEY, LAST_EVENT, STREAM
+from service.http.resume import AFTER, ALLOWED_COUNTS, ALLOWED_KEY, KEY, LAST_EVENT, PROGRESS, STREAM
 from service.http.schemas import Cancelling, GenerateAnswer, GenerateRequest, Problem, Submitted
 
 TEXT = {"schema": {"type": "string"}}
@@ -82,6 +82,13 @@ READ: dict[str, Any] = {
                 STREAM,
                 "query",
                 "Whether to answer with events; if absent, unless `Accept` is application/json",
+                "true or false",
+                enum=["true", "false"],
+            ),
+            _parameter(
+                PROGRESS,
+                "query",
+                "Whether a stream tells, in comments, how the request stands until its first token comes",
                 "true or false",
                 enum=["true", "false"],
             ),

@@ -21,11 +21,21 @@ from starlette.responses import Response
 from model.request import TokenLogprob
 from model.tokenizer import Tokenizer
 from service.errors import MillraceError
-from service.http.generation import Choice, Generation, Piece
+from service.http.generation import Choice, Generation, Piece, Standing
 from service.http.intake import Intake
 from service.http.problems import problem, problem_response
 
 DONE = b"data: [DONE]\n\n"
+
+
+def progress(standing: Standing) -> bytes:
+    """How a request stands, as a comment in any stream: programs that don't know it pass over it."""
+    told = {
+        "position": standing.position,
+        "computed_tokens": standing.num_computed,
+        "prompt_tokens": standing.num_prompt,
+    }
+    return b": progress %b\n" % orjson.dumps(told)
 
 
 class Dialect(Protocol):

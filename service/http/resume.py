@@ -16,13 +16,13 @@ from service.http.intake import Intake, Served
 from service.http.schemas import MAX_COUNT
 
 KEY, LAST_EVENT = "Idempotency-Key", "Last-Event-ID"  # headers
-AFTER, STREAM = "after", "stream"  # query parameters
+AFTER, STREAM, PROGRESS = "after", "stream", "progress"  # query parameters
 VISIBLE = re.compile(r"[!-~]{1,255}")
 COUNT = re.compile(r"0|[1-9][0-9]{0,9}")
 ALLOWED_KEY = "1 to 255 visible ASCII characters"
 ALLOWED_COUNTS = f"a count of tokens from 0 to {MAX_COUNT}, or one for each choice with commas between"
 NOT_WHOLE = "none where the whole answer is asked for"
-STREAMED = {"true": True, "false": False}
+SWITCH = {"true": True, "false": False}
 
 
 def idempotency_key(request: Request, body: object) -> IdempotencyKey | None:
@@ -86,13 +86,23 @@ def _counts(field: str, value: str, text: str, num_choices: int, allowed: str) -
     return counts if len(counts) == num_choices else counts * num_choices
 
 
+def wants_progress(request: Request) -> bool:
+    """Whether a stream shall tell how its request stands. Raises `InvalidRequest`."""
+    return bool(_switch(request, PROGRESS))
+
+
+def _switch(request: Request, name: str) -> bool | None:
+    """A parameter that is true or false; None if it is absent."""
+    given = request.query_params.getlist(name)
+    if given and ",".join(given) not in SWITCH:
+        raise InvalidRequest(name, ",".join(given), "true or false")
+    return SWITCH[",".join(given)] if given else None
+
+
 def _wants_stream(request: Request) -> bool:
     """As the parameter says, else by `Accept`, else yes."""
-    given = request.query_params.getlist(STREAM)
-    if given:
-        wanted = STREAMED.get(",".join(given))
-        if wanted is None:
-            raise InvalidRequest(STREAM, ",".join(given), "true or false")
+    wanted = _switch(request, STREAM)
+    if wanted is not None:
         return wanted
     accepted = request.headers.get("accept", "")
     return "application/json" not in accepted or "text/event-stream" in accepted

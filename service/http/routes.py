@@ -68,18 +68,25 @@ class Routes:
         return JSONResponse({"status": "ready", **self._backend.facts()})
 
     async def metrics(self) -> Response:
-        """The queue is asked now; everything else was counted when it happened."""
-        if self._backend.broker is not None:
-            with suppress(Unavailable):  # what else there is must be seen then more than ever
-                load = await self._backend.broker.load()
-                self._metrics.on_load(load.num_waiting, load.num_running)
-        return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        """In the Prometheus text format."""
+        return Response(await exposition(self._backend, self._metrics), media_type=CONTENT_TYPE_LATEST)
+
+
+async def exposition(backend: Backend, metrics: Metrics) -> bytes:
+    """All metrics. The queue is asked now; everything else was counted when it happened."""
+    if backend.broker is not None:
+        with suppress(Unavailable):  # what else there is must be seen then more than ever
+            load = await backend.broker.load()
+            metrics.on_load(load.num_waiting, load.num_running)
+    return metrics.exposition()
 
 
 def _order(data: object, served: Served) -> Order:
     body = check(GenerateRequest, data, ALLOWED)
     if body.background and body.stream:
         raise InvalidRequest("background", True, "false where `stream` is true: there is nobody to stream to")
+    if body.progress and not body.stream:
+        raise InvalidRequest("progress", True, "false where `stream` is not true: it is told in streams only")
     return Order(Asked(body), _native)
 
 

@@ -145,7 +145,8 @@ async def test_openapi_tells_how_to_read_again_and_how_to_cancel() -> None:
     paths = (await Door().ask("GET", "/openapi.json")).json()["paths"]
     post, read, cancel = paths["/generate"]["post"], paths["/generate/{id}"]["get"], paths["/generate/{id}"]["delete"]
     assert [parameter["name"] for parameter in post["parameters"]] == ["Idempotency-Key"]
-    assert [parameter["name"] for parameter in read["parameters"]] == ["id", "Last-Event-ID", "after", "stream"]
+    names = ["id", "Last-Event-ID", "after", "stream", "progress"]
+    assert [parameter["name"] for parameter in read["parameters"]] == names
     assert set(post["responses"]) >= {"200", "202", "409", "422"}
     assert set(post["responses"]["202"]["headers"]) == {"Location"}
     assert set(read["responses"]) == {"200", "401", "404", "422", "500", "503"}
