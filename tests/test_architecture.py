@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-HALL = ("model.request", "model.config", "model.chat_template", "model.tokenizer", "model.assemble", "model.grammar")
+GRAMMAR = ("model.grammar", "model.grammar_check")
+HALL = ("model.request", "model.config", "model.chat_template", "model.tokenizer", "model.assemble", *GRAMMAR)
 COMMON = ("service.settings", "service.errors", "service.metrics", "service.logs", "model.request")
 ENGINE = ("model.cache", "model.nn", "model.sampling", "model.weights", "model.engine", "model.families")
 
@@ -23,7 +24,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.chat_template": ("model.config",),
     "model.tokenizer": ("model.config", "model.chat_template"),
     "model.assemble": ("model.request", "model.tokenizer"),
-    "model.grammar": ("model.request", "model.tokenizer"),
+    "model.grammar": ("model.request",),
+    "model.grammar_check": ("model.request", "model.grammar"),
     "model.fingerprint": (),
     "model.families": ("model.config",),
     "model.nn": ("model.config", "model.cache.store"),
@@ -45,6 +47,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.serve": ("model", "service"),
     "service.api": ("model", "service"),
     "service.door": ("model", "service"),
+    "service.scrape": ("service.listen", "service.settings"),
+    "service.listen": ("service.errors", "service.http.protocol"),
     "service.work": ("model", "service"),
     "service.keeper": (*COMMON, "service.broker.redis", "service.child"),
     "service.child": (),

@@ -8,17 +8,20 @@ deadline and `max_tokens`, so that nothing after it fills in, clamps or drops. O
 import asyncio
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from model.config import GenerationDefaults
-from model.grammar import GrammarError, check, of_schema
+from model.grammar import GrammarError
+from model.grammar_check import MAX_WAITING, GrammarCheck, TooManyTrials, of_lark, of_schema
 from model.request import Grammar, Request, SamplingParams, TextOptions, child_seed
 from model.tokenizer import Tokenizer
-from service.errors import InvalidRequest, ModelNotFound, PromptTooLong
+from service.errors import InvalidRequest, ModelNotFound, Overloaded, PromptTooLong
 from service.http.schemas import ALLOWED, GenerateRequest
 
 MAX_INLINE_CHARS = 4096  # a longer prompt is tokenised in a thread; for a shorter one the way there costs more
+GRAMMAR_RETRY_S = 5  # where too many are tried already
 SEED_BITS = 53  # of a drawn seed: the largest integers that every JSON reader can hand back unharmed
 
 Number = TypeVar("Number", int, float)
@@ -38,6 +41,7 @@ class Served:
     created: int
     orphan_s: float = 30.0
     max_request_s: float = 3600.0
+    grammars: GrammarCheck = field(default_factory=GrammarCheck)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +115,18 @@ class Intake:
 
 
 async def take_in(asked: Asked, served: Served, client: Client = Client()) -> Intake:  # frozen
-    """Raises `ModelNotFound`, `InvalidRequest` and `PromptTooLong`."""
+    """Raises `ModelNotFound`, `InvalidRequest`, `PromptTooLong`, and `Overloaded` where too many grammars are tried."""
     body = asked.body
     if body.model not in (None, served.name):
         raise ModelNotFound(str(body.model), served.name)
     now_s = time.time()
     seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
-    grammar = await _grammar(body)
+    grammar = await _grammar(body, served)
     sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
     for prompt in asked.prompts or (body.prompt,):
         prompt_ids = await _prompt_ids(prompt, body.on_overflow, served)
+        if grammar is not None and served.tokenizer.detokenizer(prompt_ids).flush():
+            raise InvalidRequest("prompt", prompt, "with a grammar, ids that do not end in the middle of a character")
         sampling = _sampling(body, served, seed, room=served.max_model_len - len(prompt_ids))
         sequences += [(prompt_ids, each) for each in sampling]
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
@@ -171,28 +177,31 @@ async def _prompt_ids(prompt: Prompt, on_overflow: str, served: Served) -> tuple
     return tuple(ids)
 
 
-async def _grammar(body: GenerateRequest) -> Grammar | None:
-    """What the output is held to, looked at as closely as the worker will."""
-    wanted: list[tuple[str, Grammar]] = []
-    if body.response_format is not None and body.response_format.type != "text":
-        schema = body.response_format.json_schema
-        try:
-            wanted.append(("response_format", of_schema(schema.body) if schema else Grammar("json_object")))
-        except GrammarError as error:
-            raise InvalidRequest("response_format", schema.body if schema else None, str(error)) from None
-    if body.regex is not None:
-        wanted.append(("regex", Grammar("regex", body.regex)))
-    if body.grammar is not None:
-        wanted.append(("grammar", Grammar("lark", body.grammar)))
+async def _grammar(body: GenerateRequest, served: Served) -> Grammar | None:
+    """What the output is held to, once it is known that it can be."""
+    wanted: dict[str, Callable[[], Grammar]] = {}
+    if (form := body.response_format) is not None and form.type != "text":
+        schema = form.json_schema
+        wanted["response_format"] = lambda: of_schema(schema.body) if schema else Grammar("json_object")
+    if (regex := body.regex) is not None:
+        wanted["regex"] = lambda: Grammar("regex", regex)
+    if (lark := body.grammar) is not None:
+        wanted["grammar"] = lambda: of_lark(lark)
     if not wanted:
         return None
-    field, grammar = wanted[-1]
-    if len(wanted) > 1:
-        raise InvalidRequest(field, grammar.text, f"nothing beside {wanted[0][0]}: one of them at a time")
+    field, make = wanted.popitem()
+    value = body.model_dump(include={field}, by_alias=True)[field]
+    if wanted:
+        raise InvalidRequest(field, value, f"nothing beside {next(iter(wanted))}: one of them at a time")
     try:
-        await asyncio.to_thread(check, grammar)
+        grammar = make()
+        against = await asyncio.wrap_future(served.grammars.submit(grammar))
     except GrammarError as error:
-        raise InvalidRequest(field, grammar.text, str(error)) from None
+        against = str(error)
+    except TooManyTrials:
+        raise Overloaded(GRAMMAR_RETRY_S, MAX_WAITING) from None
+    if against:
+        raise InvalidRequest(field, value, against)
     return grammar
 
 

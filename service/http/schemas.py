@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from model.grammar import MAX_GRAMMAR_CHARS, MAX_REGEX_CHARS
+from model.grammar_check import MAX_GRAMMAR_CHARS, MAX_REGEX_CHARS
 
 MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_STOP_IDS, MAX_BIASES = 16, 256, 64, 300
 MAX_COUNT = 2**31 - 1
