@@ -12,7 +12,7 @@ from service.http.openai_schemas import NATIVE, OpenAIRequest
 from service.http.openapi import CANCEL as NATIVE_CANCEL
 from service.http.openapi import GENERATE as NATIVE_GENERATE
 from service.http.openapi import READ as NATIVE_READ
-from service.http.openapi import TEXT
+from service.http.openapi import TEXT, schema_of
 from service.http.problems import PROBLEMS
 from service.http.schemas import GenerateRequest
 
@@ -65,10 +65,9 @@ def _answer(about: str, schema: dict[str, object], with_events: bool = False) ->
 
 def body_schema(schema: type[OpenAIRequest]) -> dict[str, Any]:
     """Of a whole body: the route's own fields first, then those in the native route's words."""
-    own, native = schema.model_json_schema(), GenerateRequest.model_json_schema()
+    own, native = schema_of(schema), schema_of(GenerateRequest)
     shared = {name: told for name, told in native["properties"].items() if name in NATIVE}
-    defined = {**native.get("$defs", {}), **own.get("$defs", {})}
-    return {**own, "properties": {**own["properties"], **shared}, "$defs": defined}
+    return own | {"properties": own["properties"] | shared}
 
 
 def asks(schema: type[OpenAIRequest]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Descriptions only. The /docs page renders them; nothing is decided here.
 
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from service.http.problems import MEDIA_TYPE, PROBLEMS
@@ -29,6 +30,24 @@ def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
     return told
 
 
+def schema_of(body: type[BaseModel]) -> dict[str, Any]:
+    """The JSON Schema of a body, every part of it written out where it is used: what points to a schema's own
+    definitions points nowhere in a larger document. A schema that holds itself has no such form."""
+    schema = body.model_json_schema()
+    defined = schema.pop("$defs", {})
+
+    def written_out(part: Any) -> Any:
+        if isinstance(part, list):
+            return [written_out(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return written_out(defined[part["$ref"].removeprefix("#/$defs/")])
+        return {key: written_out(value) for key, value in part.items()}
+
+    return {key: written_out(value) for key, value in schema.items()}
+
+
 def _parameter(name: str, where: str, about: str, allowed: str, **schema: object) -> dict[str, object]:
     return {"name": name, "in": where, "description": f"{about}. Allowed: {allowed}", "schema": TEXT["schema"] | schema}
 
@@ -50,7 +69,7 @@ GENERATE: dict[str, Any] = {
         ],
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": GenerateRequest.model_json_schema()}},
+            "content": {"application/json": {"schema": schema_of(GenerateRequest)}},
         },
     },
     "responses": {

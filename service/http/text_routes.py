@@ -21,7 +21,7 @@ from service.http.body import check, read_json
 from service.http.intake import Served
 from service.http.openai_prompt import conversation
 from service.http.openai_schemas import Messages, Tools
-from service.http.openapi import problems
+from service.http.openapi import problems, schema_of
 from service.http.schemas import TokenId
 
 MODEL = "The model to use. Allowed: the name of the served model, or absent"
@@ -163,7 +163,7 @@ def _written(text: str) -> dict[str, object]:
 
 
 def _about(schema: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
-    body = {"required": True, "content": {"application/json": {"schema": schema.model_json_schema()}}}
+    body = {"required": True, "content": {"application/json": {"schema": schema_of(schema)}}}
     return {
         "response_class": Response,
         "openapi_extra": {"requestBody": body},

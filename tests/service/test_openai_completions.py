@@ -1,5 +1,6 @@
 """`/v1/completions`: prompts of every form, log-probabilities in its own shape, and what is refused; and the models."""
 
+import json
 from typing import Any
 
 import pytest
@@ -114,3 +115,10 @@ async def test_the_model_is_listed_and_found_by_its_name() -> None:
     assert (await Door().ask("HEAD", "/v1/models/tiny")).status_code == 200
     missing = await Door().ask("GET", "/v1/models/no/such")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_the_bodies_are_described_whole() -> None:
+    paths = Door().app.openapi()["paths"]
+    assert '"#/$defs/' not in json.dumps(paths)
+    body = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"messages", "tools", "top_k", "seed"} <= body["properties"].keys() and body["required"] == ["messages"]

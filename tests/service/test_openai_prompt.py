@@ -1,5 +1,7 @@
 """Conversations as prompts: what a template gets, and what is refused by the name of its field."""
 
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,11 @@ from pydantic import TypeAdapter
 
 from model.tokenizer import Tokenizer
 from service.errors import InvalidRequest
+from service.http.intake import MAX_INLINE_CHARS, Asked, take_in
 from service.http.openai_prompt import Conversation, conversation
 from service.http.openai_schemas import Messages, Tools
+from service.http.schemas import GenerateRequest
+from tests.service.helpers_http import SERVED
 
 BUNDLED = Path(__file__).parent.parent.parent / "model" / "bundled"
 ECHO = "{% for m in messages %}[{{ m.role }}:{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}]{% endfor %}"
@@ -66,6 +71,22 @@ def test_a_control_token_in_content_is_text() -> None:
 def test_what_the_template_refuses_is_refused(template: str, told: str) -> None:
     with pytest.raises(InvalidRequest, match=told):
         talk({"role": "user", "content": "hi"}).encode(tokenizer(template))
+
+
+@pytest.mark.parametrize("num_chars, is_inline", [(MAX_INLINE_CHARS, True), (MAX_INLINE_CHARS + 1, False)])
+async def test_a_long_conversation_is_not_encoded_on_the_loop(num_chars: int, is_inline: bool) -> None:
+    @dataclass
+    class Spy:
+        num_chars: int
+        thread: threading.Thread | None = None
+
+        def encode(self, tokenizer: Tokenizer) -> list[int]:
+            self.thread = threading.current_thread()
+            return [1]
+
+    spy = Spy(num_chars)
+    await take_in(Asked(GenerateRequest(prompt=[0]), (spy,)), SERVED)
+    assert (spy.thread is threading.main_thread()) == is_inline
 
 
 def test_half_a_surrogate_pair_and_endless_nesting_are_refused() -> None:
