@@ -74,12 +74,14 @@ function open(which) {
   page = which;
   editing = null;
   $("words").value = "";
-  location.replace(`#${page.turns.length ? page.id : ""}`);
+  name(page);
   closeShelf();
   draw();
   scrollTo(0, document.body.scrollHeight);
-  reattach(page);
 }
+
+/** A reload opens the same page again. */
+const name = (which) => history.replaceState(null, "", which.turns.length ? `#${which.id}` : location.pathname);
 
 function title(text) {
   const line = text.trim().split("\n")[0];
@@ -91,11 +93,11 @@ function shelf() {
   list.replaceChildren();
   for (const each of store.all()) {
     const item = make(list, "li", each.id === page.id ? "open" : "");
-    const name = make(item, "button", "name", each.title);
-    name.type = "button";
-    if (each.id === page.id) name.setAttribute("aria-current", "page");
-    if (runs.has(each.id)) make(name, "span", "writing", " writing");
-    name.addEventListener("click", () => each.id !== page.id && open(runs.get(each.id)?.page ?? structuredClone(each)));
+    const opener = make(item, "button", "name", each.title);
+    opener.type = "button";
+    if (each.id === page.id) opener.setAttribute("aria-current", "page");
+    if (runs.has(each.id)) make(opener, "span", "writing", " writing");
+    opener.addEventListener("click", () => each.id !== page.id && open(runs.get(each.id)?.page ?? structuredClone(each)));
     for (const [sign, label, action] of [["↓", "Export", exportOne], ["×", "Delete", discard]]) {
       const tool = make(item, "button", "quiet", sign);
       tool.type = "button";
@@ -220,6 +222,7 @@ function send() {
   page.title ||= title(text);
   page.storyteller ??= isStoryteller();
   page.turns.push({ role: "user", text }, { role: "assistant", versions: [], shown: 0 });
+  name(page);
   atEnd = true;
   write(page, page.turns.at(-1), {});
 }
@@ -280,6 +283,7 @@ function start(run) {
   runs.set(run.page.id, run);
   run.version.finish = null;
   run.version.told = run.version.error = undefined;
+  keep(run.page);
   if (run.page === page) draw();
 }
 
@@ -469,6 +473,7 @@ const isKept = await store.open();
 if (!isKept) say("This browser keeps nothing: export what you like before you close the tab.");
 const [meeting, asked] = [meetPatiently(), store.get(location.hash.slice(1))];
 page = blank();
-if (asked) open(structuredClone(asked));
+for (const each of store.all()) reattach(structuredClone(each)); // what was being written when the tab was left
+if (asked) open(runs.get(asked.id)?.page ?? structuredClone(asked));
 else meeting.then(() => page.turns.length || draw());
 $("words").focus();

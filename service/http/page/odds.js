@@ -35,6 +35,7 @@ export function weave(node, source, start, tokens, ends) {
   const texts = [];
   while (walker.nextNode()) texts.push(walker.currentNode);
   for (const text of texts) {
+    if (/^\s*\n\s*$/.test(text.data)) continue; // between the items of a list nothing but items may be
     const woven = document.createDocumentFragment();
     let run = "";
     const flush = () => {

@@ -82,6 +82,7 @@ class Answer {
     this.node.classList.toggle("ended", version.finish === "stop");
     this.#write(version, isRunning);
     this.note.textContent = isRunning ? "" : noteOf(version);
+    this.note.classList.toggle("calm", version.finish === "cancelled");
     this.numbers.textContent = numbersOf(version);
     const wanted = [isRunning, isLast, this.turn.shown, this.turn.versions.length, version.finish, this.looking].join();
     if (wanted !== this.shownButtons) this.#offer(isRunning, isLast);
@@ -123,9 +124,8 @@ class Answer {
       const last = turn.versions.length - 1;
       button(this.buttons, "›", () => act.turnTo(turn, turn.shown + 1), "Later version").disabled = turn.shown === last;
     }
-    if (isLast && version.finish !== "stop") {
-      const goesOn = version.finish === "length" || version.finish === "cancelled";
-      button(this.buttons, goesOn ? "Go on" : "Continue from here", () => act.goOn(turn)).classList.add("first");
+    if (isLast && !["stop", "length", "cancelled"].includes(version.finish)) {
+      button(this.buttons, "Continue from here", () => act.goOn(turn)).classList.add("first");
     }
     if (isLast) button(this.buttons, "Try another", () => act.again(turn), "Regenerate: try another answer");
     if (version.tokens.some((token) => token.top.length)) {

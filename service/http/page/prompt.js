@@ -49,7 +49,7 @@ async function idsOf(messages) {
     try {
       return await tokenize({ messages });
     } catch (error) {
-      if (!(error instanceof Refused) || !/template/.test(error.message)) throw error;
+      if (!(error instanceof Refused) || !/has no chat template/.test(error.message)) throw error;
       isBase = true;
     }
   }

@@ -222,7 +222,7 @@ function token(choice) {
     text: choice.text,
     logprob: odds?.token_logprobs[0] ?? null,
     name: odds?.tokens[0] ?? choice.text,
-    top: odds ? Object.entries(odds.top_logprobs[0]).sort((a, b) => b[1] - a[1]) : [],
+    top: odds?.top_logprobs.length ? Object.entries(odds.top_logprobs[0]).sort((a, b) => b[1] - a[1]) : [],
   };
 }
 
