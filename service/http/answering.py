@@ -15,7 +15,7 @@ from service.broker.base import RequestSide
 from service.errors import MillraceError, Overloaded
 from service.http.backend import Backend
 from service.http.body import read_json
-from service.http.generation import Generation
+from service.http.generation import Generation, Piece
 from service.http.intake import Asked, Client, Intake, Served, take_in
 from service.http.limits import VISIT, Visit
 from service.http.reply import Dialect
@@ -41,6 +41,7 @@ class Order:
 
 
 Read = Callable[[object, Served], Order]  # raises what is wrong with a body
+Tell = Callable[[Generation, Served, list[Piece], bool], bytes]  # of what has come so far, and whether it still waits
 
 
 def client_of(request: Request) -> Client:
@@ -108,6 +109,15 @@ class Answering:
         if counts is None:
             return await whole(request, generation, dialect)
         return EventStream(generation, dialect, with_progress=with_progress)
+
+    async def glance(self, request: Request, id: str, tell: Tell) -> Response:
+        """A stored request as it is now. Told also while this process serves others no more: it costs little."""
+        with self.refusals():
+            served, broker = self.backend.open()
+            intake = await stored(broker, id, client_of(request).tenant, served)
+            generation = Generation(intake, served, broker, self.metrics)
+            pieces, waits = await generation.glance()
+            return Response(tell(generation, served, pieces, waits), media_type="application/json")
 
     async def cancel(self, request: Request, id: str) -> None:
         """Taken on while this process serves others no more, for it makes room."""

@@ -23,6 +23,7 @@ from service.http.openai_errors import refused
 from service.http.openai_routes import OpenAIRoutes
 from service.http.pages import add_pages
 from service.http.problems import HttpRefusal
+from service.http.responses_routes import ResponsesRoutes
 from service.http.routes import Routes
 from service.http.sse import HEAD
 from service.http.text_routes import TextRoutes
@@ -48,6 +49,7 @@ def create_app(backend: Backend, metrics: Metrics, version: str = "0", rules: Ru
     )
     app.include_router(Routes(backend, metrics).router())
     app.include_router(OpenAIRoutes(backend, metrics).router())
+    app.include_router(ResponsesRoutes(backend, metrics).router())
     app.include_router(TextRoutes(backend).router())
     add_pages(app)
     app.add_exception_handler(MillraceError, _on_error)

@@ -139,6 +139,18 @@ class Generation:
         if not all(choice.told_end for choice in self.choices):
             raise MillraceError("the log ended without saying how")
 
+    async def glance(self) -> tuple[list[Piece], bool]:
+        """What has come so far, without waiting for more, and whether any of it still waits in the queue. Once, and
+        instead of `pieces`. Raises `RequestNotFound` and `Unavailable`."""
+        pieces, waits = [], False
+        for choice in self.choices:
+            seen = await self._broker.peek(choice.request.id, choice.request.tenant)
+            waits = waits or seen.position is not None
+            for part in _parts(seen.log):
+                pieces += choice.take(part, self._clock())
+                await asyncio.sleep(0)
+        return pieces, waits
+
     async def standings(self) -> AsyncGenerator[Standing, None]:
         """How its first choice stands, at once and whenever that has changed, until a token or its end has come. Where
         the broker can't be asked, nothing new is told."""

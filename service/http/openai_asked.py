@@ -5,9 +5,10 @@ nobody here knows are passed over and named; known ones that would change the an
 It knows no answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 from urllib.parse import quote
 
 import orjson
@@ -17,7 +18,16 @@ from service.errors import InvalidRequest
 from service.http.body import MAX_ERRORS, check
 from service.http.intake import Asked, Prompt
 from service.http.openai_prompt import conversation
-from service.http.openai_schemas import NATIVE, UNHONOURED, ChatRequest, CompletionRequest, OpenAIRequest, Tool
+from service.http.openai_schemas import (
+    NATIVE,
+    UNHONOURED,
+    ChatRequest,
+    CompletionRequest,
+    Lenient,
+    NamedTool,
+    OpenAIRequest,
+    Tool,
+)
 from service.http.openai_tools import one_of
 from service.http.problems import InvalidFields
 from service.http.schemas import ALLOWED, MAX_COUNT, GenerateRequest
@@ -27,7 +37,9 @@ MAX_IGNORED, MAX_IGNORED_CHARS = 20, 64
 NOWHERE = [0]  # the native schema wants a prompt; the real ones go beside it
 CHAT, COMPLETION = "chatcmpl-", "cmpl-"  # how ids begin
 
-Schema = TypeVar("Schema", bound=OpenAIRequest)
+Schema = TypeVar("Schema", bound=Lenient)
+Neutral = Mapping[str, tuple[object, ...]]  # fields that are not honoured -> the values with which they change nothing
+Choice = Literal["none", "auto", "required"] | NamedTool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +66,7 @@ class Wishes:
 def completion(data: object) -> tuple[Asked, dict[str, str]]:
     """What the body of `POST /v1/completions` asks for, and the headers of the answer. Raises `InvalidRequest` and
     `InvalidFields`."""
-    body, shared, headers = _read(CompletionRequest, data)
+    body, shared, headers = read_body(CompletionRequest, data)
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo", True, "false with `logprobs`: those of the prompt are not computed")
     native = _native(shared | {"max_tokens": body.max_tokens, "logprobs": body.logprobs, "echo": body.echo}, body)
@@ -72,14 +84,14 @@ def completion(data: object) -> tuple[Asked, dict[str, str]]:
 def chat(data: object) -> tuple[Asked, dict[str, str]]:
     """What the body of `POST /v1/chat/completions` asks for, and the headers of the answer. Raises `InvalidRequest` and
     `InvalidFields`."""
-    body, shared, headers = _read(ChatRequest, data)
+    body, shared, headers = read_body(ChatRequest, data)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs", body.top_logprobs, "an integer from 0 to 20, with `logprobs` true")
     both = (body.max_tokens, body.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise InvalidRequest("max_tokens", body.max_tokens, "the value of `max_completion_tokens`, or absent")
     tools = () if body.tool_choice == "none" else tuple(body.tools or ())
-    chosen = forced(body, tools)
+    chosen = forced(body.tool_choice, tools)
     if chosen is not None and shared.keys() & {"response_format", "regex", "grammar"}:
         raise InvalidRequest("tool_choice", body.tool_choice, "none or auto where the answer has another form to keep")
     native = _native(
@@ -94,24 +106,27 @@ def chat(data: object) -> tuple[Asked, dict[str, str]]:
     return Asked(native, (conversation(body.messages, tools),), wishes.about(), CHAT), headers
 
 
-def _read(schema: type[Schema], data: object) -> tuple[Schema, dict[str, object], dict[str, str]]:
-    """The body's own fields, those for the native schema, and the headers that name the others."""
+def read_body(
+    schema: type[Schema], data: object, native: AbstractSet[str] = NATIVE, unhonoured: Neutral = UNHONOURED
+) -> tuple[Schema, dict[str, object], dict[str, str]]:
+    """The body's own fields, those for the native schema, and the headers that name the others. Raises
+    `InvalidRequest` and `InvalidFields`."""
     if not isinstance(data, dict):
         raise InvalidRequest("body", data, "a JSON object")
     given = {key: value for key, value in data.items() if value is not None}
-    for key in given.keys() & UNHONOURED.keys():
-        if given[key] not in UNHONOURED[key]:
-            raise InvalidRequest(key, given[key], _neutral(key))
-    known = schema.model_fields.keys() | NATIVE | UNHONOURED.keys()
+    for key in given.keys() & unhonoured.keys():
+        if given[key] not in unhonoured[key]:
+            raise InvalidRequest(key, given[key], _neutral(unhonoured[key]))
+    known = schema.model_fields.keys() | native | unhonoured.keys()
     ignored = [key for key in data if key not in known]
     try:
         body = schema.model_validate(given)
     except ValidationError as error:
         raise fields(schema, given, error) from None
-    return body, {key: value for key, value in given.items() if key in NATIVE}, _headers(ignored)
+    return body, {key: value for key, value in given.items() if key in native}, _headers(ignored)
 
 
-def fields(schema: type[OpenAIRequest], data: dict[str, object], error: ValidationError) -> InvalidFields:
+def fields(schema: type[Lenient], data: dict[str, object], error: ValidationError) -> InvalidFields:
     """What is wrong, by the path to it: of what was said of one field, what leads deepest into it."""
     found: dict[str, tuple[int, InvalidRequest]] = {}
     for detail in error.errors(include_url=False, include_input=False, include_context=False):
@@ -129,8 +144,8 @@ def fields(schema: type[OpenAIRequest], data: dict[str, object], error: Validati
     return InvalidFields([refused for _, refused in found.values()][:MAX_ERRORS])
 
 
-def _neutral(key: str) -> str:
-    values = " or ".join(orjson.dumps(value).decode() for value in UNHONOURED[key])
+def _neutral(neutral: tuple[object, ...]) -> str:
+    values = " or ".join(orjson.dumps(value).decode() for value in neutral)
     return f"{values} or no such field: nothing else is done here" if values else "no such field: it is not done here"
 
 
@@ -154,10 +169,9 @@ def _wishes(
     return Wishes(bool(options and options.include_usage) or always, always, tools, several_calls)
 
 
-def forced(body: ChatRequest, tools: Sequence[Tool]) -> dict[str, object] | None:
+def forced(choice: Choice, tools: Sequence[Tool]) -> dict[str, object] | None:
     """The form of an answer that must be a call, as a `response_format`; None where it need not be one. Raises
     `InvalidRequest`."""
-    choice = body.tool_choice
     if choice is None or choice == "none" or choice == "auto":
         return None
     offered = [tool for tool in tools if choice == "required" or tool.function.name == choice.function.name]

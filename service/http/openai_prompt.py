@@ -25,6 +25,7 @@ class Conversation:
     messages: tuple[dict[str, object], ...]
     tools: tuple[dict[str, object], ...] = ()
     num_chars: int = 0
+    field: str = "messages"  # what the client calls it
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
         """The ids, up to where the answer begins. Raises `InvalidRequest`."""
@@ -42,20 +43,20 @@ class Conversation:
 
     def _refused(self, error: Exception) -> InvalidRequest:
         if isinstance(error, ChatTemplateError):
-            return InvalidRequest("messages", len(self.messages), f"a conversation that the model can take: {error}")
+            return InvalidRequest(self.field, len(self.messages), f"a conversation that the model can take: {error}")
         if isinstance(error, RecursionError):
             return InvalidRequest("tools", len(self.tools), "schemas and arguments that are not nested so deeply")
-        return InvalidRequest("messages", len(self.messages), "text that UTF-8 can hold, without half surrogate pairs")
+        return InvalidRequest(self.field, len(self.messages), "text that UTF-8 can hold, without half surrogate pairs")
 
 
-def conversation(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Conversation:
+def conversation(messages: Sequence[Message], tools: Sequence[Tool] = (), field: str = "messages") -> Conversation:
     """Raises `InvalidRequest` for arguments of a call that are no JSON object."""
-    turned = tuple(_turn(f"messages[{i}]", message) for i, message in enumerate(messages))
+    turned = tuple(_turn(f"{field}[{i}]", message) for i, message in enumerate(messages))
     offered = tuple(tool.model_dump(exclude_unset=True) for tool in tools)
     num_chars = sum(len(str(turn["content"])) for turn in turned) + sum(
         len(str(value)) for value in (*offered, *(turn.get("tool_calls", "") for turn in turned))
     )
-    return Conversation(turned, offered, num_chars)
+    return Conversation(turned, offered, num_chars, field)
 
 
 def _turn(field: str, message: Message) -> dict[str, object]:

@@ -47,11 +47,15 @@ class _Dialect:
 
     def failure(self, generation: Generation) -> MillraceError | None:
         """Of any of the choices: there is no answer with half of them."""
-        return next((error for choice in generation.choices if (error := _failure(choice.finish))), None)
+        return next((error for choice in generation.choices if (error := failure_of(choice.finish))), None)
 
     def refusal(self, error: MillraceError) -> Response:
         """In OpenAI's words."""
         return openai_response(error)
+
+    def opening(self) -> bytes:
+        """Nothing: the role comes with the first token."""
+        return b""
 
     def ending(self, generation: Generation) -> bytes:
         """The rest, the finish, the usage, or the error that takes their place; and `[DONE]`."""
@@ -264,7 +268,7 @@ def usage_of(generation: Generation) -> dict[str, int]:
     }
 
 
-def _failure(finish: Finish | None) -> MillraceError | None:
+def failure_of(finish: Finish | None) -> MillraceError | None:
     """What OpenAI has no finish reason for."""
     reason = finish.reason if finish else FinishReason.ERROR
     match reason:

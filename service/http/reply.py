@@ -44,6 +44,10 @@ class Dialect(Protocol):
 
     location: str  # the URL at which the answer can be read again
 
+    def opening(self) -> bytes:
+        """The events that come at once, before any token, joined; none is b""."""
+        ...
+
     def delta(self, piece: Piece) -> bytes:
         """The events that one token brings, joined; none is b"". It is told of every token from the first on, those
         that a reader who came back has already included."""
@@ -74,6 +78,9 @@ class Native:
         self._with_logprobs = intake.group[0].sampling.num_logprobs is not None
         self._same = {"id": intake.id, "model": intake.model, "created": intake.created, "seed": intake.seed}
         self._head = b"data: " + orjson.dumps(self._same)[:-1] + b',"choices":[{"index":'
+
+    def opening(self) -> bytes:
+        return b""
 
     def delta(self, piece: Piece) -> bytes:
         """This is the hot path: only what the token changes is encoded."""

@@ -88,11 +88,11 @@ def _counts(field: str, value: str, text: str, num_choices: int, allowed: str) -
 
 def wants_progress(request: Request) -> bool:
     """Whether a stream shall tell how its request stands. Raises `InvalidRequest`."""
-    return bool(_switch(request, PROGRESS))
+    return bool(switch(request, PROGRESS))
 
 
-def _switch(request: Request, name: str) -> bool | None:
-    """A parameter that is true or false; None if it is absent."""
+def switch(request: Request, name: str) -> bool | None:
+    """A parameter that is true or false; None if it is absent. Raises `InvalidRequest`."""
     given = request.query_params.getlist(name)
     if given and ",".join(given) not in SWITCH:
         raise InvalidRequest(name, ",".join(given), "true or false")
@@ -101,7 +101,7 @@ def _switch(request: Request, name: str) -> bool | None:
 
 def _wants_stream(request: Request) -> bool:
     """As the parameter says, else by `Accept`, else yes."""
-    wanted = _switch(request, STREAM)
+    wanted = switch(request, STREAM)
     if wanted is not None:
         return wanted
     accepted = request.headers.get("accept", "")

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 async def events(generation: Generation, dialect: Dialect) -> AsyncGenerator[bytes, None]:
-    """Frames: those of one log entry in one write, then the terminal group."""
+    """Frames: what opens the stream, those of one log entry in one write, then the terminal group."""
     counts, seen = generation.positions(), [0] * len(generation.choices)
     id, opening, is_one = generation.intake.id.encode(), RETRY, len(counts) == 1
 
@@ -41,6 +41,10 @@ async def events(generation: Generation, dialect: Dialect) -> AsyncGenerator[byt
         told = b"%d" % counts[0] if is_one else b",".join([b"%d" % count for count in counts])
         return b"id: %b:%b\n%b" % (id, told, event)
 
+    first = dialect.opening()
+    if first:
+        yield opening + frame(first)
+        opening = b""
     try:
         async with aclosing(generation.pieces()) as batches:
             async for pieces in batches:

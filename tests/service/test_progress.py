@@ -24,10 +24,11 @@ class Standing(FakeBroker):
         super().__init__(hang())
         self._glances: Iterator[Glance | Exception] = iter(glances)
         self._last: Glance | Exception = Unavailable("nothing yet")
-        self.all_seen = asyncio.Event()
+        self.looked, self.all_seen = asyncio.Event(), asyncio.Event()
 
     async def peek(self, id: str, tenant: str) -> Glance:
         self.num_looks += 1
+        self.looked.set()
         following = next(self._glances, None)
         if following is None:
             self.all_seen.set()
@@ -93,8 +94,7 @@ async def test_nothing_is_told_or_looked_for_once_there_is_something(seen: Entry
     visit = asyncio.create_task(visitor.visit())
     async with asyncio.timeout(HANG_S):
         await broker.waiting.wait()
-        while not broker.num_looks:
-            await asyncio.sleep(0)
+        await broker.looked.wait()
         visitor.leave()
         await visit
     assert (broker.num_looks, visitor.text) == (1, "")
@@ -111,12 +111,9 @@ async def test_a_comment_is_a_line_and_no_event(monkeypatch: pytest.MonkeyPatch)
     """After an event with an id, the Python client of OpenAI takes an empty line for the end of an event."""
     monkeypatch.setattr(sse, "PING_S", 0.001)
     visitor = Visitor((door := Door(hang(BEGUN))).app, stream=True)
-    visit = asyncio.create_task(visitor.visit())
+    visitor.leave_after = 6
     async with asyncio.timeout(HANG_S):
-        while visitor.text.count(":") < 20:
-            await asyncio.sleep(0.001)
-        visitor.leave()
-        await visit
+        await visitor.visit()
     comments = [line for line in visitor.text.splitlines() if line.startswith(":")]
     assert comments and ":" + visitor.text.partition("\n:")[2] == "".join(f"{line}\n" for line in comments)
     assert door.broker.cancelled
