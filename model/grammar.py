@@ -155,18 +155,13 @@ class Grammars:
         self._pool = ThreadPoolExecutor(1, "grammar")
         self._making: dict[str, Future[Matcher]] = {}
 
-    def __len__(self) -> int:
-        """How many are being made."""
-        return len(self._making)
-
     def begin(self, id: str, grammar: Grammar, ends: Iterable[int], so_far: Sequence[int]) -> None:
         """Make the matcher of sequence `id`, whose output has some ids already."""
         self._making[id] = self._pool.submit(self._make, grammar, tuple(ends), tuple(so_far))
 
-    def forget(self, id: str) -> bool:
-        """Of a sequence that is not wanted any more. False: it is not being made."""
-        making = self._making.pop(id, None)
-        return making is not None and (making.cancel() or True)
+    def forget(self, id: str) -> None:
+        """The sequence is not wanted any more."""
+        self._making.pop(id).cancel()
 
     def take(self, wait_s: float) -> list[tuple[str, Matcher | Finish]]:
         """Those that have been made since; waits so long for the first. In place of one that failed, the end of its
