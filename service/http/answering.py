@@ -19,7 +19,7 @@ from service.http.generation import Generation, Piece
 from service.http.intake import Asked, Client, Intake, Served, take_in
 from service.http.limits import VISIT, Visit
 from service.http.reply import Dialect
-from service.http.resume import admitted, idempotency_key, stored, wants_progress
+from service.http.resume import admitted, check_id, idempotency_key, stored, wants_progress
 from service.http.sse import HEAD, EventStream
 from service.http.whole import submitted, whole
 from service.metrics import Metrics
@@ -137,7 +137,7 @@ class Answering:
 
 async def cancel_group(broker: RequestSide, id: str, tenant: str) -> None:
     """All sequences of a request. Raises `RequestNotFound` and `Unavailable`."""
-    for child in await broker.lookup(id, tenant):
+    for child in await broker.lookup(check_id(id), tenant):
         await broker.cancel(child.id, tenant)
 
 

@@ -18,6 +18,7 @@ from service.http.schemas import MAX_COUNT
 KEY, LAST_EVENT = "Idempotency-Key", "Last-Event-ID"  # headers
 AFTER, STREAM, PROGRESS = "after", "stream", "progress"  # query parameters
 VISIBLE = re.compile(r"[!-~]{1,255}")
+ID = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 COUNT = re.compile(r"0|[1-9][0-9]{0,9}")
 ALLOWED_KEY = "1 to 255 visible ASCII characters"
 ALLOWED_COUNTS = f"a count of tokens from 0 to {MAX_COUNT}, or one for each choice with commas between"
@@ -47,10 +48,17 @@ async def admitted(broker: RequestSide, taken: Intake, key: IdempotencyKey | Non
     return await stored(broker, accepted.id, taken.group[0].tenant, served)
 
 
+def check_id(id: str) -> str:
+    """What a client sends as an id, before anybody looks for it or repeats it. Raises `RequestNotFound`."""
+    if not ID.fullmatch(id):
+        raise RequestNotFound("no request has an id like that")
+    return id
+
+
 async def stored(broker: RequestSide, id: str, tenant: str, served: Served) -> Intake:
     """The request of an id. One of another model is none of ours: its text can't be made here. Raises
     `RequestNotFound` and `Unavailable`."""
-    group = await broker.lookup(id, tenant)
+    group = await broker.lookup(check_id(id), tenant)
     if group[0].model != served.name:
         raise RequestNotFound(f"request {id} is not of the model that is served here, {served.name}")
     return Intake(group)
