@@ -5,7 +5,7 @@ nobody here knows are passed over and named; known ones that would change the an
 It knows no answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeVar
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from service.errors import InvalidRequest
 from service.http.body import MAX_ERRORS, check
 from service.http.intake import Asked, Prompt
+from service.http.openai_forms import FORMS, forced, formed
 from service.http.openai_prompt import conversation
 from service.http.openai_schemas import (
     NATIVE,
@@ -26,9 +27,7 @@ from service.http.openai_schemas import (
     Lenient,
     NamedTool,
     OpenAIRequest,
-    Tool,
 )
-from service.http.openai_tools import one_of
 from service.http.problems import InvalidFields
 from service.http.schemas import ALLOWED, MAX_COUNT, GenerateRequest
 
@@ -92,13 +91,13 @@ def chat(data: object) -> tuple[Asked, dict[str, str]]:
         raise InvalidRequest("max_tokens", body.max_tokens, "the value of `max_completion_tokens`, or absent")
     tools = () if body.tool_choice == "none" else tuple(body.tools or ())
     chosen = forced(body.tool_choice, tools)
-    if chosen is not None and shared.keys() & {"response_format", "regex", "grammar"}:
+    if chosen and shared.keys() & FORMS:
         raise InvalidRequest("tool_choice", body.tool_choice, "none or auto where the answer has another form to keep")
     native = _native(
         shared
         | {"max_tokens": body.max_completion_tokens or body.max_tokens or MAX_COUNT}
         | ({"logprobs": body.top_logprobs or 0} if body.logprobs else {})
-        | ({"response_format": chosen} if chosen is not None else {}),
+        | chosen,
         body,
     )
     names = tuple(tool.function.name for tool in tools)
@@ -151,7 +150,7 @@ def _neutral(neutral: tuple[object, ...]) -> str:
 
 def _native(fields: dict[str, object], body: OpenAIRequest) -> GenerateRequest:
     """Checked, and the options that go with each other too."""
-    native = check(GenerateRequest, {"prompt": NOWHERE, **fields}, ALLOWED)
+    native = check(GenerateRequest, {"prompt": NOWHERE, **formed(fields)}, ALLOWED)
     if body.best_of is not None and body.best_of != native.n:
         raise InvalidRequest("best_of", body.best_of, f"the value of `n`, {native.n}, or absent")
     if body.stream_options is not None and not native.stream:
@@ -167,20 +166,6 @@ def _wishes(
     options = body.stream_options
     always = bool(options and options.continuous_usage_stats)
     return Wishes(bool(options and options.include_usage) or always, always, tools, several_calls)
-
-
-def forced(choice: Choice, tools: Sequence[Tool]) -> dict[str, object] | None:
-    """The form of an answer that must be a call, as a `response_format`; None where it need not be one. Raises
-    `InvalidRequest`."""
-    if choice is None or choice == "none" or choice == "auto":
-        return None
-    offered = [tool for tool in tools if choice == "required" or tool.function.name == choice.function.name]
-    if not offered:
-        raise InvalidRequest("tool_choice", choice, "the name of one of the `tools`")
-    try:
-        return {"type": "json_schema", "json_schema": {"name": "call", "schema": one_of(offered)}}
-    except RecursionError:
-        raise InvalidRequest("tools", len(offered), "schemas that are not nested so deeply") from None
 
 
 def _ids(prompt: object) -> list[int]:

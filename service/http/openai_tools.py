@@ -1,4 +1,4 @@
-"""Tool calls in text: finding those that a model writes in its template's format, and the form of one it has to write.
+"""Tool calls in text: finding those that a model writes in its template's format.
 
 Three ways to write a call are known. Qwen and Hermes: `<tool_call>{"name", "arguments"}</tool_call>`. Mistral:
 `[TOOL_CALLS][{"name", "arguments"}, ...]`, or `[TOOL_CALLS]name[ARGS]{...}`. Llama: an answer that begins with
@@ -8,12 +8,10 @@ no shape of an answer.
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import orjson
-
-from service.http.openai_schemas import Tool
 
 HERMES, HERMES_END, MISTRAL, LLAMA = "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
 OPENINGS = (HERMES, MISTRAL, LLAMA)
@@ -174,37 +172,6 @@ class _Scan:
                     return at + 1
         self._at = len(text)
         return None
-
-
-def one_of(tools: Sequence[Tool]) -> dict[str, object]:
-    """The JSON Schema of a call of one of the tools."""
-    forms = []
-    defined = {}
-    for i, tool in enumerate(tools):
-        parameters = tool.function.parameters or {"type": "object"}
-        defined[f"tool{i}"] = _moved(parameters, f"#/$defs/tool{i}")
-        forms.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": {"$ref": f"#/$defs/tool{i}"}},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    return {"$defs": defined, "anyOf": forms}
-
-
-def _moved(schema: object, to: str) -> object:
-    """The same schema at another place of a document: what it says of itself points there."""
-    if isinstance(schema, list):
-        return [_moved(item, to) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _moved(value, to) for key, value in schema.items() if key not in ("$schema", "$id")}
-    reference = moved.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = to + reference[1:]
-    return moved
 
 
 def _call(told: object) -> Call | None:

@@ -12,7 +12,8 @@ import orjson
 from service.errors import InvalidRequest
 from service.http.body import check
 from service.http.intake import Asked
-from service.http.openai_asked import NOWHERE, forced, read_body
+from service.http.openai_asked import NOWHERE, read_body
+from service.http.openai_forms import FORMS, forced, formed
 from service.http.openai_prompt import conversation
 from service.http.openai_schemas import Function, FunctionCall, Message, NamedFunction, NamedTool, Tool, ToolCall
 from service.http.responses_schemas import (
@@ -71,18 +72,18 @@ def response(data: object) -> tuple[Asked, dict[str, str]]:
     tools = [_tool(tool) for tool in body.tools or ()]
     offered = [] if body.tool_choice == "none" else tools
     form = _form(body.text)
-    if form is not None and shared.keys() & {"regex", "grammar"}:
+    if form is not None and shared.keys() & FORMS:
         raise InvalidRequest("text", form["type"], ONE_FORM)
     call = forced(_choice(body), offered)
-    if call is not None and (form is not None or shared.keys() & {"regex", "grammar"}):
+    if call and (form is not None or shared.keys() & FORMS):
         raise InvalidRequest("tool_choice", body.tool_choice, "none or auto where the answer has another form to keep")
     asked = shared | {
         "max_tokens": body.max_output_tokens or MAX_COUNT,
         "on_overflow": "truncate_left" if body.truncation == "auto" else "reject",
         "background": bool(body.background),
-        "response_format": call if call is not None else form,
+        "response_format": form,
     }
-    native = check(GenerateRequest, {"prompt": NOWHERE, **asked}, ALLOWED)
+    native = check(GenerateRequest, {"prompt": NOWHERE, **formed(asked | call)}, ALLOWED)
     if body.stream_options is not None and not native.stream:
         raise InvalidRequest("stream_options", "an object", "absent where `stream` is not true")
     if native.progress and not native.stream:

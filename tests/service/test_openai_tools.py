@@ -1,14 +1,12 @@
 """Tool calls: found in what a model writes, however it is cut into tokens, and told in OpenAI's words."""
 
-import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.http.openai_schemas import Function, Tool
-from service.http.openai_tools import Call, CallFinder, one_of
+from service.http.openai_tools import Call, CallFinder
 from tests.service.helpers_http import LENGTH, say
 from tests.service.helpers_openai import OpenAIDoor, chunks_of, said
 
@@ -117,10 +115,3 @@ async def test_tools_and_their_answers_reach_the_template() -> None:
     ]
     assert (await door.chat(turns, tools=TOOLS)).status_code == 200
     assert len(door.broker.requests[0].prompt_ids) == len("a:|t:7|1")
-
-
-def test_a_call_that_must_be_written_has_a_schema_of_its_own() -> None:
-    inner = {"type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "$defs": {"X": {"type": "integer"}}}
-    told = one_of([Tool(type="function", function=Function(name="f", parameters=inner))])
-    text = json.dumps(told)
-    assert '"const": "f"' in text and '"$ref": "#/$defs/tool0/$defs/X"' in text
