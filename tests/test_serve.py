@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from loadtests.client import Stream, stream
-from service.door import bind
+from service.listen import bind
 from service.serve import House
 from service.settings import Settings
 from tests.model.conftest import TINY, random_decoder, save_folder

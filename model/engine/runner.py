@@ -127,4 +127,5 @@ class Runner:
 
 def _row(chunk: Chunk) -> Row:
     sequence = chunk.sequence
-    return Row(sequence.request.sampling, sequence.request.prompt_ids, sequence.output_ids)
+    allowed = sequence.matcher.allowed() if sequence.matcher else None
+    return Row(sequence.request.sampling, sequence.request.prompt_ids, sequence.output_ids, allowed)

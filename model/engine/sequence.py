@@ -5,6 +5,7 @@ The scheduler owns and changes it; everyone else reads. It knows no queue and no
 
 from dataclasses import dataclass, field
 
+from model.grammar import Matcher
 from model.request import Finish, FinishReason, Request
 
 
@@ -21,6 +22,7 @@ class Sequence:
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     arrival: int = 0  # number of sequences added before this one
+    matcher: Matcher | None = None  # of a request with a grammar: knows the output's ids
 
     @property
     def id(self) -> str:

@@ -369,6 +369,26 @@ local function cancel(keys, a) -- rid, tenant
   return flush(1)
 end
 
+-- Place in the queue (-1: it does not wait), prompt tokens computed under the present claim, then the log as attach has it.
+local function peek(keys, a) -- rid, tenant
+  begin(keys)
+  local v = call('HMGET', K .. 'r:' .. a[1], 'tn', 'st', 'q', 'cl', 'lk', 'pc')
+  if v[1] ~= a[2] then return {} end
+  local reply = {-1, 0}
+  if v[2] == 'w' then
+    reply[1] = call('ZRANK', K .. 'rdy:' .. v[3] .. ':' .. v[4], a[1])
+    if v[4] == 'b' then reply[1] = reply[1] + call('ZCARD', K .. 'rdy:' .. v[3] .. ':a') end
+  elseif v[2] == 'r' and v[6] then
+    local token, num = string.match(v[6], '^(%S+) (%d+)$')
+    if token == v[5] then reply[2] = tonumber(num) end
+  end
+  for _, item in ipairs(call('XRANGE', K .. 'o:' .. a[1], '-', '+')) do
+    reply[#reply + 1] = item[2][2]
+    reply[#reply + 1] = item[2][4] or ''
+  end
+  return reply
+end
+
 local function load(keys, a) -- queue
   begin(keys)
   local waiting, tokens, running, retry_s = state(a[1])
@@ -549,6 +569,16 @@ local function beat(keys, a) -- worker, lease, info, then rid and token of what 
   return codes
 end
 
+-- How far prompts have come. Nothing depends on it but what waiting clients are shown.
+local function progress(keys, a) -- rid, token and number of tokens of each
+  begin(keys)
+  for i = 1, #a, 3 do
+    local key = K .. 'r:' .. a[i]
+    if call('HGET', key, 'lk') == a[i + 1] then call('HSET', key, 'pc', a[i + 1] .. ' ' .. a[i + 2]) end
+  end
+  return 1
+end
+
 local function give_up(keys, a, how) -- rid and token
   begin(keys)
   for i = 1, #a, 2 do
@@ -616,11 +646,13 @@ register('attach', attach, 'allow-oom')
 register('attend', attend, 'allow-oom')
 register('heal', heal, 'allow-oom')
 register('cancel', cancel, 'allow-oom')
+register('peek', peek, 'allow-oom')
 register('load', load, 'allow-oom')
 register('workers', workers, 'allow-oom')
 register('claim', claim, 'allow-oom')
 register('commit', commit, 'allow-oom')
 register('beat', beat, 'allow-oom')
+register('progress', progress, 'allow-oom')
 register('release', release, 'allow-oom')
 register('abandon', abandon, 'allow-oom')
 register('lose', lose, 'allow-oom')

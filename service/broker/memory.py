@@ -25,6 +25,7 @@ from service.broker.base import (
     OUT_OF_TIME,
     Accepted,
     Entry,
+    Glance,
     IdempotencyKey,
     Job,
     QueueLoad,
@@ -80,6 +81,7 @@ class _Record:
     queue_s: float | None = None
     ttft_s: float | None = None
     num_readers: int = 0
+    num_computed: int = 0
     log: Log = field(default_factory=Log)
 
 
@@ -160,6 +162,14 @@ class MemoryBroker:
             record.num_readers -= 1
             self._watch_orphan(record)
 
+    async def peek(self, id: str, tenant: str) -> Glance:
+        """As it is now."""
+        record = self._find(id, tenant)
+        if record is None:
+            raise _unknown(id)
+        position = self._queue.position(record.ticket) if record.state is State.WAITING else None
+        return Glance(record.log.since(0), position, record.num_computed)
+
     async def cancel(self, id: str, tenant: str) -> None:
         """End it, at once or with the next commit."""
         record = self._find(id, tenant)
@@ -207,8 +217,10 @@ class MemoryBroker:
             elif delta.start != record.log.num_tokens:
                 verdicts[delta.id] = Verdict.FENCED
                 self._requeue(record)
-            else:
+            elif delta.token_ids or delta.finish:
                 self._append(record, delta)
+            else:
+                record.num_computed = delta.num_computed
         for id, verdict in self._doomed.items():
             verdicts[id] = verdict
             self._finish(self._records[id], FINISHES[verdict])
@@ -263,7 +275,7 @@ class MemoryBroker:
 
     def _requeue(self, record: _Record) -> None:
         """From running back to its old place."""
-        record.state = State.WAITING
+        record.state, record.num_computed = State.WAITING, 0
         self._num_running -= 1
         self._num_waiting_tokens += record.num_prompt_tokens
         self._queue.put_back(record.ticket)

@@ -21,7 +21,7 @@ from typing import Any
 import msgpack
 
 from model.request import Delta, Finish, FinishReason, Request
-from service.broker.base import Accepted, Entry, IdempotencyKey, QueueLoad, Timings
+from service.broker.base import Accepted, Entry, Glance, IdempotencyKey, QueueLoad, Timings
 from service.broker.codec import decode_entry, decode_request, encode_entry, encode_request
 from service.broker.log import Log, since
 from service.broker.redis import AGAIN_S, Link, WorkerInfo
@@ -70,7 +70,7 @@ class RedisRequests:
     ) -> None:
         self._link, self._queue, self._clock = link, queue, clock
         self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
-        self._keep_ms, self._weights = int(keep_s * 1000), weights or {}
+        self._keep_ms, self._weights = int(keep_s * 1000), {} if weights is None else weights
         self._name = secrets.token_hex(8)
         self._mirrors: dict[str, dict[str, _Mirror]] = {}  # by id and tenant: a stranger who asks for an id is apart
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -151,6 +151,17 @@ class RedisRequests:
             mirror.num_readers -= 1
             if not mirror.num_readers:
                 self._drop(mirror)
+
+    async def peek(self, id: str, tenant: str) -> Glance:
+        """As Redis has it now."""
+        reply = await self._link.call("peek", id, tenant, within_s=ASK_S)
+        if not reply:
+            raise RequestNotFound(f"no request {id}")
+        position, num_computed, *told = reply
+        log = Log()
+        for raw, timings in zip(told[::2], told[1::2], strict=True):
+            log.append(_entry(raw, timings))
+        return Glance(log.since(0), position if position >= 0 else None, num_computed)
 
     async def cancel(self, id: str, tenant: str) -> None:
         """Also where Redis is away for a while: then it happens when it is back."""

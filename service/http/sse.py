@@ -1,53 +1,64 @@
 """Server-sent events: framing, event ids, the end of a stream, and what happens when its reader goes or stalls.
 
 It knows no JSON and no dialect. Lines end in LF, since many clients split on LF LF; a frame is always whole. The id of
-an event is `<request id>:<tokens so far>`, with several choices a count for each: `<id>:12,9`. After the one terminal
-event comes `data: [DONE]`, whatever has happened before. Only where this process stops and the request goes on, the
+an event is `<request id>:<tokens so far>`, with several choices a count for each: `<id>:12,9`. At the end comes the
+dialect's one terminal group, whatever has happened before. Only where this process stops and the request goes on, the
 stream just ends: its reader shall come back with the last id, and `retry` says how soon.
+
+A comment is one line, without an empty one after it: to the parser of OpenAI's Python client that would be the end of
+an event without data, once an event had an id, and it breaks on that.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from service.errors import Handover
 from service.http.generation import Generation
-from service.http.reply import Native
+from service.http.reply import Dialect, progress
 
 PING_S = 10  # a comment at least this often, so that proxies and half-open connections are noticed
 STUCK_S = 30  # a client that takes nothing for so long is cut
-COMMENT = ServerSentEvent(comment="waiting", sep="\n").encode()
+COMMENT = b": waiting\n"
 RETRY = b"retry: 1000\n"  # milliseconds
 HANDED_OVER = b": this server stops; read on with the last event id\nretry: 200\n\n"
-DONE = b"data: [DONE]\n\n"
 HEAD = "millrace.head"  # in a scope: the request was a HEAD before it was made a GET
 
 logger = logging.getLogger(__name__)
 
 
-async def events(generation: Generation, dialect: Native) -> AsyncGenerator[bytes, None]:
-    """Frames: those of one log entry in one write, then the terminal event and `[DONE]`."""
-    counts = generation.positions()
+async def events(generation: Generation, dialect: Dialect) -> AsyncGenerator[bytes, None]:
+    """Frames: what opens the stream, those of one log entry in one write, then the terminal group."""
+    counts, seen = generation.positions(), [0] * len(generation.choices)
     id, opening, is_one = generation.intake.id.encode(), RETRY, len(counts) == 1
 
-    def frame(data: bytes) -> bytes:
+    def frame(event: bytes) -> bytes:
         told = b"%d" % counts[0] if is_one else b",".join([b"%d" % count for count in counts])
-        return b"id: %b:%b\ndata: %b\n\n" % (id, told, data)
+        return b"id: %b:%b\n%b" % (id, told, event)
 
+    first = dialect.opening()
+    if first:
+        yield opening + frame(first)
+        opening = b""
     try:
         async with aclosing(generation.pieces()) as batches:
             async for pieces in batches:
                 frames = [opening]
                 for piece in pieces:
-                    counts[piece.choice] += 1
-                    frames.append(frame(dialect.delta(piece)))
-                yield b"".join(frames)
-                opening = b""
+                    seen[piece.choice] += 1
+                    event = dialect.delta(piece)
+                    if seen[piece.choice] > counts[piece.choice]:  # otherwise the reader has it
+                        counts[piece.choice] += 1
+                        if event:
+                            frames.append(frame(event))
+                if len(frames) > 1:
+                    yield b"".join(frames)
+                    opening = b""
     except Handover:
         generation.hand_over()
         yield HANDED_OVER
@@ -55,7 +66,7 @@ async def events(generation: Generation, dialect: Native) -> AsyncGenerator[byte
     except Exception as error:
         generation.fail(error)
     counts = generation.positions()
-    yield opening + frame(dialect.terminal(generation)) + DONE
+    yield opening + frame(dialect.ending(generation))
 
 
 class EventStream(EventSourceResponse):
@@ -66,10 +77,17 @@ class EventStream(EventSourceResponse):
     a thousand streams. Also it would end every stream half a second after SIGTERM, without a last event.
     """
 
-    def __init__(self, generation: Generation, dialect: Native) -> None:
-        url = f"/generate/{generation.intake.id}"  # a client that is cut off before the first event needs it
+    def __init__(
+        self,
+        generation: Generation,
+        dialect: Dialect,
+        headers: Mapping[str, str] | None = None,
+        with_progress: bool = False,
+    ) -> None:
         self._generation, self._frames = generation, events(generation, dialect)
-        super().__init__(self._frames, headers={"Content-Location": url})
+        self._with_progress = with_progress
+        # A client that is cut off before the first event needs to know where to go on.
+        super().__init__(self._frames, headers={"Content-Location": dialect.location, **(headers or {})})
         self._loop = asyncio.get_running_loop()
         self._life = asyncio.timeout(None)  # runs out when the client leaves or takes nothing
         self._sending_since_s: float | None = None
@@ -93,6 +111,8 @@ class EventStream(EventSourceResponse):
     async def _stream(self, receive: Receive, send: Send) -> None:
         async with self._life, aclosing(self._frames) as frames:
             self._spawn(self._listen(receive))
+            if self._with_progress:
+                self._spawn(self._tell_progress(send))
             self._timer = self._loop.call_later(PING_S, self._look, send)
             try:
                 async for frame in frames:
@@ -107,6 +127,15 @@ class EventStream(EventSourceResponse):
             self._sending_since_s = self._loop.time()
         await send({"type": "http.response.body", "body": body, "more_body": True})
         self._sending_since_s = None
+
+    async def _tell_progress(self, send: Send) -> None:
+        """While there is no token. What fails here is not the client's concern: its events tell what matters."""
+        try:
+            async with aclosing(self._generation.standings()) as standings:
+                async for standing in standings:
+                    await self._send(send, progress(standing))
+        except Exception as error:
+            logger.warning("request %s: its progress can't be told", self._generation.intake.id, exc_info=error)
 
     async def _listen(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -138,9 +138,10 @@ class FailingEngine:
             self._failpoint.strike("poison")
         deltas = self._engine.step()
         self._pause.wait(self._throttle_s)
-        if self._fresh - {delta.id for delta in deltas}:
+        deltas_with_ids = [delta for delta in deltas if delta.token_ids or delta.finish]
+        if self._fresh - {delta.id for delta in deltas_with_ids}:
             self._failpoint.strike("prefill")
-        for delta in deltas:
+        for delta in deltas_with_ids:
             self._fresh.discard(delta.id)
             self._lengths[delta.id] = delta.start + len(delta.token_ids)
             if delta.finish:
