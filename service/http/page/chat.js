@@ -476,4 +476,4 @@ page = blank();
 for (const each of store.all()) reattach(structuredClone(each)); // what was being written when the tab was left
 if (asked) open(runs.get(asked.id)?.page ?? structuredClone(asked));
 else meeting.then(() => page.turns.length || draw());
-$("words").focus();
+if (matchMedia("(hover: hover)").matches) $("words").focus(); // on a phone it would bring up the keyboard
