@@ -74,10 +74,10 @@ class _Quiet(uvicorn.Server):
 
 
 @contextmanager
-def stage(broker: Reciter, rules: Rules | None = None) -> Iterator[int]:
+def stage(broker: Reciter, rules: Rules | None = None, max_model_len: int = 4096) -> Iterator[int]:
     """Serve the page over `broker`, on the port that this yields."""
     backend, metrics = Backend(), Metrics()
-    served = replace(SERVED, tokenizer=TOKENIZER, max_model_len=4096, eos_ids=())
+    served = replace(SERVED, tokenizer=TOKENIZER, max_model_len=max_model_len, eos_ids=())
     backend.loaded(served, broker)
     app = create_app(backend, metrics, rules=rules) if rules else create_app(backend, metrics)
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+from service.errors import Overloaded
 from service.http.gate import Rules
 from service.keys import Keyring, add_key
 from tests.browser.conftest import Storyteller
@@ -57,9 +58,19 @@ def test_markdown_comes_as_it_grows_and_hostile_text_stays_text(browser: Browser
 
 def test_a_queue_is_shown_and_to_stop_is_to_cancel(browser: Browser) -> None:
     broker = Reciter(text="so it goes " * 400, position=7)
+    broker.refusal = Overloaded(1, 100)
+
+    def room() -> None:
+        broker.refusal = None
+
     with stage(broker) as port:
-        browser.play("waiting", {"go": broker.go.set}, url=f"http://127.0.0.1:{port}/")
+        browser.play("waiting", {"room": room, "go": broker.go.set}, url=f"http://127.0.0.1:{port}/")
     assert broker.cancelled == [broker.requests[0].id]
+
+
+def test_what_the_model_can_not_remember_is_left_out(browser: Browser) -> None:
+    with stage(Reciter(text="and so on.", go=going()), max_model_len=80) as port:
+        browser.play("memory", url=f"http://127.0.0.1:{port}/")
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab(browser: Browser, tmp_path: Path) -> None:

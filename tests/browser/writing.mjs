@@ -9,13 +9,6 @@ const SMALL = { width: 390, height: 780 };
 export const whole = (page) => page.waitForSelector("#stop", { state: "hidden" });
 export const textOf = (page) => page.locator(".answer .text").last().innerText();
 
-/** Until the last answer has come to its end, whoever reads it now. */
-export const ended = (page) =>
-  page.waitForFunction(async () => {
-    const { all } = await import("/page/store.js");
-    return all()[0]?.turns.at(-1).versions.at(-1).finish;
-  });
-
 /** The open page as the browser has kept it. */
 export const keptOf = (page) =>
   page.evaluate(async () => {
@@ -23,12 +16,18 @@ export const keptOf = (page) =>
     return all()[0];
   });
 
+/** Until the last answer has come to its end, whoever reads it now. */
+export async function ended(page) {
+  while (!(await keptOf(page))?.turns.at(-1).versions.at(-1).finish) await page.waitForTimeout(50);
+}
+
 /** Say something, and wait until the answer is there. */
 export async function say(page, text) {
+  const before = (await keptOf(page))?.changed;
   await page.fill("#words", text);
   await page.keyboard.press("Enter");
-  await page.waitForSelector("#stop:not([hidden])");
-  await whole(page);
+  while ((await keptOf(page))?.changed === before) await page.waitForTimeout(20); // it may be too quick to be seen
+  await ended(page);
 }
 
 async function axe(page, where) {
@@ -163,11 +162,25 @@ export async function markdown({ url, visitor, shot }) {
   assert.equal(context.pages().length, 1);
 }
 
+/** What no longer fits into the model's memory is left out from the beginning, and the page says so. */
+export async function memory({ url, visitor }) {
+  const { page } = await visitor(url, { settings: { max_tokens: 16 } });
+  const prompts = [];
+  page.on("request", (request) => request.url().endsWith("/generate") && prompts.push(request.postDataJSON().prompt));
+  for (const text of ["the first of three", "the second, rather longer", "the third"]) await say(page, text);
+  assert.match(await page.locator(".numbers").last().innerText(), /the model saw no more of \d+ earlier turns/);
+  await say(page, `${"word ".repeat(60)}end`);
+  for (const prompt of prompts) assert.ok(prompt.length <= 80 - 16, `${prompt.length} tokens`);
+  assert.ok(String.fromCharCode(...prompts.at(-1)).length > 30);
+}
+
 /** Waiting in a queue can be seen; to stop is to cancel, and keeps what there is. */
 export async function waiting({ url, visitor, shot, want }) {
   const { page } = await visitor(url);
   await page.fill("#words", "go");
   await page.keyboard.press("Enter");
+  await page.waitForSelector("text=The server has too much to do; asking again");
+  await want("room");
   await page.waitForSelector("text=7 ahead of you");
   assert.equal(await page.locator(".queue i").count(), 7);
   await shot(page, "queue");

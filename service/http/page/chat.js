@@ -257,7 +257,7 @@ async function write(which, turn, { goOn = false }) {
     version.unseen = { turns: prompt.turns, tokens: prompt.tokens };
     version.stats.prompt = prompt.ids.length;
     const body = { prompt: prompt.ids, model: card.id, ...asked, stream: true, resumable: true, progress: true };
-    if (goOn) delete body.seed; // the same seed would not repeat the same words here, only its own luck
+    if (body.seed !== undefined) body.seed += goOn ? ids.length : turn.versions.length - 1; // more of the same luck is none
     if (store.settings.odds !== false) body.logprobs = NUM_ALTERNATIVES;
     await follow(run, new Reading({ body, name: fresh() }, embedded));
   } catch (error) {
@@ -362,7 +362,7 @@ function take(run, { kind: _, seed, ...token }) {
     const whole = now - run.times[0];
     if (whole > 0) version.stats.rate = (1000 * (run.times.length - 1)) / whole;
   }
-  if (now - (run.savedMs ?? 0) > SAVE_MS) pend(run);
+  if (!version.pending.id || now - run.savedMs > SAVE_MS) pend(run);
 }
 
 /** Keep the page with where its answer can be read on. */
@@ -476,4 +476,4 @@ page = blank();
 for (const each of store.all()) reattach(structuredClone(each)); // what was being written when the tab was left
 if (asked) open(runs.get(asked.id)?.page ?? structuredClone(asked));
 else meeting.then(() => page.turns.length || draw());
-$("words").focus();
+if (matchMedia("(hover: hover)").matches) $("words").focus(); // on a phone it would bring up the keyboard

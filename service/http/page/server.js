@@ -5,7 +5,7 @@ const PROGRESS = "progress ";
 const KEY = "millrace.key"; // in the tab's own storage, gone when it is closed
 const SILENT_MS = 25000; // the server says something every 10 s; after this the connection is taken for dead
 const PATIENCE_MS = { embedded: 4000, durable: 40000 }; // without any answer, before an answer counts as lost
-const AGAIN = new Set([408, 425, 429, 500, 502, 503, 504]);
+const AGAIN = new Set([408, 425, 429, 502, 503, 504]);
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? "",
@@ -91,9 +91,12 @@ async function* frames(response, heard) {
   }
 }
 
-/** One answer. `body` is what is asked of /generate; or, to read on, `id` and the `position` in tokens. */
+/**
+ * One answer. `body` is what is asked of /generate, under a `name` drawn for it alone; or, to read on, `id` and the
+ * `position` in tokens.
+ */
 export class Reading {
-  constructor({ body = null, name = crypto.randomUUID(), id = "", position = 0 }, embedded) {
+  constructor({ body = null, name = "", id = "", position = 0 }, embedded) {
     Object.assign(this, { body, name, id, position, embedded, stopped: false });
     this.patienceMs = embedded ? PATIENCE_MS.embedded : PATIENCE_MS.durable;
     this.wake = () => {};
