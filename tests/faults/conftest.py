@@ -59,7 +59,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def oracle(model_folder: Path) -> Unfailed:
     """The unfailed runs, shared by all tests."""
-    return Unfailed(model_folder)
+    return Unfailed(model_folder, 250)
 
 
 @pytest.fixture

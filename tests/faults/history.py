@@ -4,6 +4,7 @@ Exact means nothing missing, repeated, reordered or different, one terminal even
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from model.request import Request, SamplingParams
 from model.tokenizer import Tokenizer
 from tests.faults.client import Reading
 
+DIFFERS = re.compile(rb'"created":\d+|"timings":\{[^}]*\}')
 SAMPLING = {"temperature": 0.8, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
 
 
@@ -108,6 +110,13 @@ def complaints(reading: Reading, oracle: Oracle, reason: str = "length") -> list
     if reading.terminal["usage"]["completion_tokens"] != reading.num_tokens:
         found.append(f"usage {reading.terminal['usage']} after {reading.num_tokens} tokens")
     return found
+
+
+def frames(reading: Reading) -> list[tuple[str, bytes]]:
+    """The bytes of every event and its id, without what differs between two runs: whose they are, and the times."""
+    return [
+        (id.partition(":")[2], DIFFERS.sub(b"", data.replace(reading.id.encode(), b""))) for id, data in reading.data()
+    ]
 
 
 def assert_exact(readings: list[Reading], oracle: Oracle) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from tests.faults.client import Ports, Reading, resilient, until
+from tests.faults.client import Ports, Reading, replay, resilient, until
 from tests.faults.history import Oracle, asked, assert_exact
 from tests.faults.redis_server import RedisServer
 
@@ -16,7 +16,7 @@ PROMPTS = ("Once upon a time", "The road to the town was long.", "x" * 90, "Ã„ Ã
 SEEDS = 2
 
 
-def bodies(num: int, max_tokens: int = 250, **fields: object) -> list[dict[str, Any]]:
+def bodies(num: int, max_tokens: int = 150, **fields: object) -> list[dict[str, Any]]:
     """So many requests of few kinds, so that the unfailed run of each need not be computed anew."""
     kinds = itertools.islice(itertools.cycle(itertools.product(PROMPTS, range(SEEDS))), num)
     return [asked(prompt, seed, max_tokens, **fields) for prompt, seed in kinds]
@@ -63,11 +63,15 @@ class Load:
         await until(lambda: any(reading.num_tokens >= num for reading in self.readings), f"a stream with {num} tokens")
 
     async def all_exact(self, oracle: Oracle, statuses: tuple[int, ...] = (200,)) -> None:
-        """Wait for all, compare all, and see to it that no answer had another status than these."""
+        """Wait for all, compare all, and see to it that no answer had another status than these. Then read all of it
+        again: the bytes of every event must be those that came while things were failing."""
         await asyncio.gather(*self._tasks)
         assert_exact(self.readings, oracle)
         told = {status for reading in self.readings for status in reading.statuses}
         assert told <= set(statuses), told
+        again = await asyncio.gather(*(replay(self._ports()[-1], reading.id) for reading in self.readings))
+        for first, second in zip(self.readings, again, strict=True):
+            assert (second.violations, second.data()) == ([], first.data())
 
     def longest_gap_s(self) -> float:
         """The longest that any client had to wait between two events."""

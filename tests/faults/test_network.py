@@ -59,7 +59,7 @@ async def test_slow_in_single_bytes_and_with_jitter(network: Network) -> None:
 
 
 async def test_connections_are_reset_all_the_time(network: Network) -> None:
-    async with network.load(8, 200) as load:
+    async with network.load(8, 150) as load:
         await load.until_tokens(5)
         for proxy in (network.before_apis, network.before_workers):
             proxy.reset_share = 0.02
@@ -85,14 +85,14 @@ async def test_what_a_worker_did_was_done_but_its_reply_is_lost(network: Network
 async def test_what_an_api_did_was_done_but_its_reply_is_lost(network: Network, call: str) -> None:
     network.before_apis.drop_replies(2, after=f"millrace1_{call}".encode())
     before = network.before_apis.num_dropped
-    async with network.load(8, 200) as load:
+    async with network.load(8, 150) as load:
         await load.all_exact(network.house.oracle)
     assert network.before_apis.num_dropped == before + 2
     assert num_known(network.house.redis) == 8
 
 
 async def test_workers_in_a_black_hole_for_longer_than_their_leases(network: Network) -> None:
-    async with network.load(8, 200) as load:
+    async with network.load(8, 150) as load:
         await load.until_tokens(20)
         network.before_workers.black_hole(3.0)
         await until(lambda: network.house.cluster.num_announced() == 0, "their leases have run out")
@@ -102,7 +102,7 @@ async def test_workers_in_a_black_hole_for_longer_than_their_leases(network: Net
 
 async def test_an_api_in_a_black_hole_keeps_its_clients_and_refuses_new_ones(network: Network) -> None:
     port = network.house.cluster.ports()[0]
-    async with network.load(8, 200) as load:
+    async with network.load(8, 150) as load:
         await load.until_tokens(20)
         network.before_apis.black_hole(3.0)
         told = await ask(port, "POST", "/generate", asked("a", 0, 5))

@@ -20,7 +20,7 @@ async def stop(process: Process) -> None:
 
 async def test_a_worker_that_stops_hands_over_without_using_up_attempts(house: House) -> None:
     first, _ = house.workers
-    async with Load(house.cluster.ports, bodies(8)) as load:
+    async with Load(house.cluster.ports, bodies(8, 250)) as load:
         await load.until_tokens(20)
         await stop(first)
         await load.all_exact(house.oracle)
