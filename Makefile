@@ -10,13 +10,14 @@ TIME   ?= 30s
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test bench load clean
+.PHONY: help serve test bench load clients clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
 	@echo "make test    every check: ruff, mypy, pytest"
 	@echo "make bench   tokens/s of the bare engine against HTTP streaming, at 1, 8 and 32 streams"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
+	@echo "make clients other people's clients, each in its own environment, against a server: a table of what passed"
 	@echo "make clean   remove the virtual environment and caches"
 
 $(VENV)/serve.stamp: pyproject.toml constraints.txt deploy/setup.sh
@@ -42,5 +43,9 @@ bench: $(VENV)/dev.stamp
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)
 
+# Installs gigabytes into .clients; ARGS picks some of them by name.
+clients: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.clients $(ARGS)
+
 clean:
-	rm -rf "$(VENV)" .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf "$(VENV)" .clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
