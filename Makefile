@@ -13,7 +13,7 @@ KILLS  ?=
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test redis chaos bench bench-streams bench-commit load clean
+.PHONY: help serve test redis chaos bench bench-streams bench-commit load clients clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench-streams  a thousand streams of a toy engine over Redis: latency, CPU, memory of each process"
 	@echo "make bench-commit   how long Redis takes for one step of 64 requests"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
+	@echo "make clients other people's clients, each in its own environment, against a server: a table of what passed"
 	@echo "make clean   remove the virtual environment and caches"
 
 $(VENV)/serve.stamp: pyproject.toml constraints.txt deploy/setup.sh
@@ -61,5 +62,9 @@ bench-commit: $(VENV)/dev.stamp
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)
 
+# Installs gigabytes into .clients; ARGS picks some of them by name.
+clients: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.clients $(ARGS)
+
 clean:
-	rm -rf "$(VENV)" .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf "$(VENV)" .clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -40,7 +40,7 @@ def limits() -> llguidance.LLParserLimits:
     return llguidance.LLParserLimits(
         step_lexer_fuel=100_000,
         step_max_items=20_000,
-        max_lexer_states=10_000,
+        max_lexer_states=100_000,
         max_grammar_size=200_000,
         verbose_errors=False,
     )
@@ -76,6 +76,7 @@ class Matcher:
         self._inner, self._vocabulary, self._ends = inner, vocabulary, tuple(ends)
         self._num_bytes = -(-num_ids // 8)
         self._allowed: bytes | None = None
+        self._goes_on = True  # some text does, as far as is known
 
     @classmethod
     def compiled(cls, grammar: Grammar, vocabulary: Vocabulary) -> "Matcher":
@@ -114,9 +115,12 @@ class Matcher:
     @property
     def finish(self) -> Finish | None:
         """How the grammar ends the sequence; None: it goes on."""
-        if not self._inner.is_stopped():
+        accepts = self.accepts
+        if accepts:
+            self.allowed()  # tells whether anything can follow
+        if self._goes_on and not self._inner.is_stopped():
             return None
-        if self.accepts:
+        if accepts:
             return STOP
         return Finish(FinishReason.ERROR, error=f"the grammar can't be followed further: {self._why()}")
 
@@ -128,14 +132,13 @@ class Matcher:
         if self._inner.is_stopped():
             return bytes(bits)
         found = self._inner.compute_bitmask()
-        if self._inner.is_stopped():
-            return bytes(bits)
         may_end, last = self._vocabulary.num_ids, min(len(found), self._num_bytes)
         bits[:last] = found[:last]
         accepts = found[may_end // 8] >> may_end % 8 & 1
         for bit in range(may_end, min(last * 8, may_end + 32)):  # its own, and what fills the last word
             bits[bit // 8] &= ~(1 << bit % 8)
-        if accepts:
+        self._goes_on = any(bits)
+        if accepts and self._goes_on:
             for end in self._ends:
                 bits[end // 8] |= 1 << end % 8
         return bytes(bits)
@@ -181,6 +184,7 @@ class Grammars:
             self._kept.popitem(last=False)
         for token_id in so_far:
             matcher.push(token_id)
+        matcher.allowed()  # here, where nobody waits: the first mask of a grammar is the slowest
         return matcher
 
 

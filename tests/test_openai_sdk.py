@@ -2,6 +2,7 @@
 strictly against the client's types."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -9,13 +10,22 @@ from typing import Any
 
 import pytest
 from openai import APIStatusError, AsyncOpenAI, BadRequestError, NotFoundError, OpenAI, RateLimitError
+from pydantic import BaseModel, Field
 
 from tests.faults.client import until
 from tests.test_serve import Served, serving
 
 BUNDLED = Path(__file__).parent.parent / "model" / "bundled"
 ASK: Any = [{"role": "user", "content": "Tell me a story about a fox."}]
-TOOL: Any = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+ANIMAL = {"type": "object", "properties": {"animal": {"enum": ["fox", "hen"]}}, "required": ["animal"]}
+TOOL: Any = {"type": "function", "function": {"name": "look", "parameters": ANIMAL}}
+
+
+class Seen(BaseModel):
+    """What an answer has to be."""
+
+    count: int = Field(ge=1, le=9)
+    is_red: bool
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +98,24 @@ def test_tools_and_their_answers_are_taken(client: OpenAI) -> None:
     ]
     told = client.chat.completions.create(model="bundled", messages=turns, tools=[TOOL], max_tokens=5)
     assert told.choices[0].message.content
+
+
+def test_an_answer_that_must_be_an_object_is_parsed_and_a_call_that_must_be_made_is_made(client: OpenAI) -> None:
+    parsed = client.chat.completions.parse(model="bundled", messages=ASK, response_format=Seen, seed=1)
+    seen = parsed.choices[0].message.parsed
+    assert seen and 1 <= seen.count <= 9
+    told = client.chat.completions.create(model="bundled", messages=ASK, tools=[TOOL], tool_choice="required", seed=1)
+    assert told.choices[0].finish_reason == "tool_calls" and told.choices[0].message.tool_calls
+    call = told.choices[0].message.tool_calls[0]
+    assert call.type == "function" and json.loads(call.function.arguments)["animal"] in ("fox", "hen")
+
+
+def test_a_response_whole_streamed_and_read_again(client: OpenAI) -> None:
+    whole = client.responses.create(model="bundled", input="Tell me a story.", max_output_tokens=9)
+    assert (whole.status, whole.output_text) == ("incomplete", client.responses.retrieve(whole.id).output_text)
+    events = list(client.responses.create(model="bundled", input="Tell me.", max_output_tokens=9, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert (events[0].type, events[-1].type) == ("response.created", "response.incomplete")
 
 
 def test_models_are_listed_and_found(client: OpenAI) -> None:

@@ -19,6 +19,7 @@ from model.request import SamplingParams, TokenLogprob
 from model.sampling.draw import draw, leaders, take
 from model.sampling.random import uniform
 
+_MASK_OF_BYTE = torch.tensor([[0.0 if byte >> bit & 1 else -torch.inf for bit in range(8)] for byte in range(256)])
 _MIN_LEADERS = 64  # more than any request may ask for, so that equal logits rank the same whoever else is asking
 
 
@@ -83,9 +84,7 @@ def edit(raw: Tensor, rows: Sequence[Row]) -> Tensor:
         return raw
     scores = raw.clone()
     if masked:
-        old = scores[masked]
-        # Added, so that a NaN stays one.
-        scores[masked] = torch.where(_unpacked(old, [rows[i].allowed or b"" for i in masked]), old, old - torch.inf)
+        scores[masked] += _masks([rows[i].allowed or b"" for i in masked], like=raw)  # added, so that a NaN stays one
     if repetition is not None:
         at, penalties = repetition
         old = scores[at]
@@ -102,11 +101,10 @@ def edit(raw: Tensor, rows: Sequence[Row]) -> Tensor:
     return scores
 
 
-def _unpacked(like: Tensor, allowed: Sequence[bytes]) -> Tensor:
-    """Booleans [m, vocab] of m rows of bits, where `like` [m, vocab] is."""
-    packed = torch.frombuffer(bytearray(b"".join(allowed)), dtype=torch.uint8).view(len(allowed), -1, 1)
-    bits = packed.to(like.device) >> torch.arange(8, dtype=torch.uint8, device=like.device) & 1
-    return bits.bool().flatten(1)[:, : like.shape[-1]]
+def _masks(allowed: Sequence[bytes], like: Tensor) -> Tensor:
+    """For m rows of bits, 0 where one is set and -inf elsewhere: [m, vocab], the vocabulary of `like`."""
+    packed = torch.frombuffer(bytearray(b"".join(allowed)), dtype=torch.uint8).view(len(allowed), -1)
+    return _MASK_OF_BYTE.to(like.device)[packed.to(like.device).int()].flatten(1)[:, : like.shape[-1]]
 
 
 def _repetition(row: Row) -> dict[int, float]:

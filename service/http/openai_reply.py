@@ -144,14 +144,18 @@ class Chat(_Dialect):
         self._num_tokens += 1
         message = self._messages[piece.choice]
         is_first, message.is_begun = not message.is_begun, True
+        text = piece.text
         if self._with_tools:
-            return self._with_calls(piece.choice, message.add(self._text(piece)), is_first, self._logprobs([piece]))
-        if not (piece.text or is_first or self._with_logprobs or self._wishes.usage_always):
+            parts = message.add(self._text(piece))
+            if not all(isinstance(part, str) for part in parts):
+                return self._with_calls(piece.choice, parts, is_first, self._logprobs([piece]))
+            text = "".join(map(str, parts))
+        if not (text or is_first or self._with_logprobs or self._wishes.usage_always):
             return b""
         role = b'"role":"assistant",' if is_first else b""
         return self._chunk(
             b'{"index":%d,"delta":{%b"content":%b},"logprobs":%b,"finish_reason":null}'
-            % (piece.choice, role, orjson.dumps(piece.text), self._logprobs([piece]))
+            % (piece.choice, role, orjson.dumps(text), self._logprobs([piece]))
         )
 
     def whole(self, generation: Generation, pieces: Sequence[Piece]) -> bytes:

@@ -101,6 +101,11 @@ def test_control_ids_have_no_text_and_change_nothing() -> None:
     assert ids_of(found.allowed()) == [1, 2]
 
 
+def test_ids_that_spell_nothing_are_never_allowed() -> None:
+    gaps = Vocabulary([b"a", b"", b"b", b""])
+    assert ids_of(Matcher.compiled(Grammar("regex", "[ab]+"), gaps).fork([], 4).allowed()) == [0, 2]
+
+
 @pytest.mark.parametrize("tokenizer", [byte_level(), byte_fallback()], ids=["byte_level", "byte_fallback"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_walk_in_any_kind_of_tokenizer_gives_text_that_matches(tokenizer: Tokenizer, seed: int) -> None:
@@ -209,6 +214,15 @@ def test_without_the_end_of_sequence_it_goes_on_as_far_as_the_grammar_does(make_
 def test_complete_with_the_last_token_that_there_may_be_is_complete(make_engine: MakeEngine) -> None:
     assert play(make_engine(), asked("a", Grammar("regex", "[a-c]{4}"), max_tokens=4))["a"][1] == STOP
     assert play(make_engine(), asked("a", Grammar("regex", "[a-c]{5}"), max_tokens=4))["a"][1] == LENGTH
+
+
+def test_a_grammar_of_the_empty_text_ends_before_the_first_token(make_engine: MakeEngine) -> None:
+    assert play(make_engine(), asked("a", Grammar("regex", "()")))["a"] == ([], STOP)
+
+
+def test_a_long_text_of_bounded_length_is_not_too_complex(make_engine: MakeEngine) -> None:
+    bounded = of_schema({"type": "string", "minLength": 400, "maxLength": 4000})
+    assert play(make_engine(), asked("a", bounded, max_tokens=300))["a"][1] == LENGTH
 
 
 def test_stop_strings_and_stop_ids_cut_as_ever(make_engine: MakeEngine) -> None:

@@ -105,7 +105,7 @@ async def test_several_choices_have_a_role_and_a_reason_each() -> None:
 
 
 async def test_fields_that_nobody_knows_are_passed_over_and_named() -> None:
-    response = await OpenAIDoor().chat(store=True, metadata={"a": 10**40}, nul=None, user="me", **{"é\n": 1})
+    response = await OpenAIDoor().chat(store=True, metadata={"a": [1]}, nul=None, user="me", **{"é\n": 1})
     assert response.status_code == 200
     assert response.headers["x-millrace-ignored"] == "store, metadata, nul, %C3%A9%0A"
     assert "x-millrace-ignored" not in (await OpenAIDoor().chat(temperature=None, top_k=5)).headers
