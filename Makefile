@@ -10,12 +10,13 @@ TIME   ?= 30s
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test bench load clients clean
+.PHONY: help serve test bench bench-events load clients clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
 	@echo "make test    every check: ruff, mypy, pytest"
 	@echo "make bench   tokens/s of the bare engine against HTTP streaming, at 1, 8 and 32 streams"
+	@echo "make bench-events   events/s of the HTTP half alone, beside sse-starlette and a bare ASGI loop"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
 	@echo "make clients other people's clients, each in its own environment, against a server: a table of what passed"
 	@echo "make clean   remove the virtual environment and caches"
@@ -39,6 +40,9 @@ test: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.bench $(ARGS)
+
+bench-events: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.bench_events $(ARGS)
 
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)
