@@ -13,7 +13,7 @@ KILLS  ?=
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test redis chaos bench bench-streams bench-commit load clients clean
+.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events load clients fuzz clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench   tokens/s of the bare engine against HTTP streaming, at 1, 8 and 32 streams"
 	@echo "make bench-streams  a thousand streams of a toy engine over Redis: latency, CPU, memory of each process"
 	@echo "make bench-commit   how long Redis takes for one step of 64 requests"
+	@echo "make bench-events   events/s of the HTTP half alone, beside sse-starlette and a bare ASGI loop"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
 	@echo "make clients other people's clients, each in its own environment, against a server: a table of what passed"
 	@echo "make clean   remove the virtual environment and caches"
@@ -58,6 +59,9 @@ bench-streams: $(VENV)/dev.stamp
 
 bench-commit: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.commit $(ARGS)
+
+bench-events: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.bench_events $(ARGS)
 
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)

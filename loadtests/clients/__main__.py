@@ -51,7 +51,7 @@ CLIENTS = (
     Client("instructor", "instructor_.py", ("instructor==1.17.0",)),
     Client("guidellm", "guidellm_cli.py", (TORCH, "guidellm==0.8.1")),
     Client("aiperf", "aiperf_cli.py", ("aiperf==0.13.0",)),
-    Client("open-webui", "open_webui.py", (TORCH, "open-webui==0.12.4")),
+    Client("open-webui", "open_webui.py", (TORCH, "open-webui==0.12.4", "playwright==1.65.2")),
 )
 
 

@@ -14,6 +14,7 @@ comes too late: it is dropped with the ids beside it, for the cancellation was t
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -148,16 +149,17 @@ class MemoryBroker:
             raise _unknown(id)
         return tuple(decode_request(record.payload) for record in group.records)
 
-    async def follow(self, id: str, tenant: str, after: int = 0) -> AsyncIterator[Entry]:
+    def follow(self, id: str, tenant: str, after: int = 0) -> AsyncIterator[Entry]:
         """Read the log itself: a slow reader costs nothing. Raises `RequestNotFound` where its first entry would be."""
         record = self._find(id, tenant)
-        if record is None:
-            raise _unknown(id)
+        return _nothing(id) if record is None else record.log.read(after, self._reading(record))
+
+    @contextmanager
+    def _reading(self, record: _Record) -> Iterator[None]:
         record.num_readers += 1
         record.timers.stop("orphan")
         try:
-            async for entry in record.log.read(after):
-                yield entry
+            yield
         finally:
             record.num_readers -= 1
             self._watch_orphan(record)
@@ -348,6 +350,11 @@ class MemoryBroker:
             len(self._queue) + num_requests > self._max_waiting
             or self._num_waiting_tokens + num_tokens > self._max_waiting_tokens
         )
+
+
+async def _nothing(id: str) -> AsyncIterator[Entry]:
+    raise _unknown(id)
+    yield
 
 
 def _unknown(id: str) -> RequestNotFound:

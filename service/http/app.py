@@ -25,7 +25,7 @@ from service.http.pages import add_pages
 from service.http.problems import HttpRefusal
 from service.http.responses_routes import ResponsesRoutes
 from service.http.routes import Routes
-from service.http.sse import HEAD
+from service.http.sse import HEAD, SEND
 from service.http.text_routes import TextRoutes
 from service.metrics import Metrics
 
@@ -75,7 +75,7 @@ class Edge:
             return
         request_id = _header(scope, b"x-request-id", REQUEST_ID) or secrets.token_hex(16).encode()
         traceparent = _header(scope, b"traceparent", TRACEPARENT)
-        scope = {**scope, CLIENT: Client(request_id=request_id.decode(), traceparent=traceparent.decode())}
+        scope = {**scope, SEND: send, CLIENT: Client(request_id=request_id.decode(), traceparent=traceparent.decode())}
         is_head, started = scope["method"] == "HEAD", False
 
         async def send_on(message: Message) -> None:

@@ -14,10 +14,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from model.assemble import Assembler
 from model.request import Finish, FinishReason, Request, TokenLogprob, Usage
@@ -126,16 +126,18 @@ class Generation:
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What comes, as it comes, until every choice has finished. Raises whatever the broker raises."""
-        num_parts = 0
-        async with aclosing(_merged([self._follow(choice) for choice in self.choices])) as entries:
-            async for index, entry in entries:
-                for part in _parts(entry):
-                    pieces = self.choices[index].take(part, self._clock())
-                    if pieces:
-                        yield pieces
-                    num_parts += 1
-                    if num_parts % ENTRIES_PER_BREATH == 0 or len(part.token_ids) == TOKENS_PER_PART:
-                        await asyncio.sleep(0)
+        num_parts, logs = 0, [self._follow(choice) for choice in self.choices]
+        one = self.choices[0] if len(logs) == 1 else None
+        entries: AsyncIterator[Any] = logs[0] if one else _merged(logs)  # one layer less, for every token
+        async for item in entries:
+            choice, entry = (one, item) if one else (self.choices[item[0]], item[1])
+            for part in _parts(entry):
+                pieces = choice.take(part, self._clock())
+                if pieces:
+                    yield pieces
+                num_parts += 1
+                if num_parts % ENTRIES_PER_BREATH == 0 or len(part.token_ids) == TOKENS_PER_PART:
+                    await asyncio.sleep(0)
         if not all(choice.told_end for choice in self.choices):
             raise MillraceError("the log ended without saying how")
 
@@ -272,10 +274,6 @@ def _parts(entry: Entry) -> Sequence[Entry]:
 
 async def _merged(logs: list[AsyncIterator[Entry]]) -> AsyncGenerator[tuple[int, Entry], None]:
     """Entries of all logs as they come, until each has ended. The first error of any is raised."""
-    if len(logs) == 1:
-        async for entry in logs[0]:
-            yield 0, entry
-        return
     # Bounded: a slow reader leaves entries where they are, in the broker's logs.
     queue: asyncio.Queue[tuple[int, Entry | Exception | None]] = asyncio.Queue(len(logs))
 

@@ -11,7 +11,7 @@ an event without data, once an event had an id, and it breaks on that.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -19,7 +19,7 @@ from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from service.errors import Handover
-from service.http.generation import Generation
+from service.http.generation import Generation, Piece
 from service.http.reply import Dialect, progress
 
 PING_S = 10  # a comment at least this often, so that proxies and half-open connections are noticed
@@ -28,45 +28,50 @@ COMMENT = b": waiting\n"
 RETRY = b"retry: 1000\n"  # milliseconds
 HANDED_OVER = b": this server stops; read on with the last event id\nretry: 200\n\n"
 HEAD = "millrace.head"  # in a scope: the request was a HEAD before it was made a GET
+SEND = "millrace.send"  # in a scope: `send` as it was outside of what looks only at how a response begins
 
 logger = logging.getLogger(__name__)
 
 
-async def events(generation: Generation, dialect: Dialect) -> AsyncGenerator[bytes, None]:
-    """Frames: what opens the stream, those of one log entry in one write, then the terminal group."""
-    counts, seen = generation.positions(), [0] * len(generation.choices)
-    id, opening, is_one = generation.intake.id.encode(), RETRY, len(counts) == 1
+class Frames:
+    """The events of one stream as bytes: each with its id, those of one log entry together, then the terminal group."""
 
-    def frame(event: bytes) -> bytes:
-        told = b"%d" % counts[0] if is_one else b",".join([b"%d" % count for count in counts])
-        return b"id: %b:%b\n%b" % (id, told, event)
+    def __init__(self, generation: Generation, dialect: Dialect) -> None:
+        self._generation, self._dialect, self._opening = generation, dialect, RETRY
+        self._counts, self._seen = generation.positions(), [0] * len(generation.choices)
+        self._head, self._is_one = b"id: %b:" % generation.intake.id.encode(), len(self._counts) == 1
 
-    first = dialect.opening()
-    if first:
-        yield opening + frame(first)
-        opening = b""
-    try:
-        async with aclosing(generation.pieces()) as batches:
-            async for pieces in batches:
-                frames = [opening]
-                for piece in pieces:
-                    seen[piece.choice] += 1
-                    event = dialect.delta(piece)
-                    if seen[piece.choice] > counts[piece.choice]:  # otherwise the reader has it
-                        counts[piece.choice] += 1
-                        if event:
-                            frames.append(frame(event))
-                if len(frames) > 1:
-                    yield b"".join(frames)
-                    opening = b""
-    except Handover:
-        generation.hand_over()
-        yield HANDED_OVER
-        return
-    except Exception as error:
-        generation.fail(error)
-    counts = generation.positions()
-    yield opening + frame(dialect.ending(generation))
+    def first(self) -> bytes:
+        """What comes before any token, perhaps nothing."""
+        event = self._dialect.opening()
+        return self._with_opening(self._frame(event)) if event else b""
+
+    def of(self, pieces: Sequence[Piece]) -> bytes:
+        """Those of some tokens, in order; of what the reader has, nothing."""
+        counts, seen, frames = self._counts, self._seen, b""
+        for piece in pieces:
+            index, event = piece.choice, self._dialect.delta(piece)
+            seen[index] += 1
+            if seen[index] > counts[index]:
+                counts[index] += 1
+                if event:
+                    frames += self._frame(event)
+        return self._with_opening(frames) if frames and self._opening else frames
+
+    def last(self) -> bytes:
+        """The terminal group."""
+        self._counts = self._generation.positions()
+        return self._with_opening(self._frame(self._dialect.ending(self._generation)))
+
+    def _frame(self, event: bytes) -> bytes:
+        counts = self._counts
+        if self._is_one:
+            return b"%b%d\n%b" % (self._head, counts[0], event)
+        return b"%b%b\n%b" % (self._head, b",".join([b"%d" % count for count in counts]), event)
+
+    def _with_opening(self, frames: bytes) -> bytes:
+        opening, self._opening = self._opening, b""
+        return opening + frames
 
 
 class EventStream(EventSourceResponse):
@@ -84,10 +89,10 @@ class EventStream(EventSourceResponse):
         headers: Mapping[str, str] | None = None,
         with_progress: bool = False,
     ) -> None:
-        self._generation, self._frames = generation, events(generation, dialect)
+        self._generation, self._frames = generation, Frames(generation, dialect)
         self._with_progress = with_progress
         # A client that is cut off before the first event needs to know where to go on.
-        super().__init__(self._frames, headers={"Content-Location": dialect.location, **(headers or {})})
+        super().__init__(iter(()), headers={"Content-Location": dialect.location, **(headers or {})})
         self._loop = asyncio.get_running_loop()
         self._life = asyncio.timeout(None)  # runs out when the client leaves or takes nothing
         self._sending_since_s: float | None = None
@@ -98,7 +103,7 @@ class EventStream(EventSourceResponse):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             if not scope.get(HEAD):
-                await self._stream(receive, send)
+                await self._stream(receive, scope.get(SEND, send))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             logger.debug("request %s: its client left", self._generation.intake.id)
@@ -109,18 +114,36 @@ class EventStream(EventSourceResponse):
             await self._generation.close()
 
     async def _stream(self, receive: Receive, send: Send) -> None:
-        async with self._life, aclosing(self._frames) as frames:
+        async with self._life:
             self._spawn(self._listen(receive))
             if self._with_progress:
                 self._spawn(self._tell_progress(send))
             self._timer = self._loop.call_later(PING_S, self._look, send)
             try:
-                async for frame in frames:
-                    await self._send(send, frame)
+                await self._loop.create_task(self._pass_on(send))
             finally:
                 self._timer.cancel()
                 for task in self._others:
                     task.cancel()
+
+    async def _pass_on(self, send: Send) -> None:
+        """A task of its own, for a token wakes every coroutine from the task's first to the one that waits for it, and
+        below the framework's there are two dozen."""
+        generation, frames = self._generation, self._frames
+        if first := frames.first():
+            await self._send(send, first)
+        try:
+            async with aclosing(generation.pieces()) as batches:
+                async for pieces in batches:
+                    if body := frames.of(pieces):
+                        await self._send(send, body)
+        except Handover:
+            generation.hand_over()
+            await self._send(send, HANDED_OVER)
+            return
+        except Exception as error:
+            generation.fail(error)
+        await self._send(send, frames.last())
 
     async def _send(self, send: Send, body: bytes) -> None:
         if self._sending_since_s is None:

@@ -64,10 +64,13 @@ def chat() -> bool:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(QUIET))
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(f"{url}/?models={MODEL}")
-        page.screenshot(path="opened.png")
-        for _ in range(3):  # what is new in this version
-            page.keyboard.press("Escape")
         box = page.locator("#chat-input")
+        expect(box).to_be_visible(timeout=ANSWER_MS)
+        page.wait_for_timeout(3000)
+        page.screenshot(path="opened.png")
+        news = page.get_by_role("button", name="Okay, Let's Go!")
+        if news.count():
+            news.click()
         box.click()
         page.keyboard.type("Tell me a story about a fox.")
         page.keyboard.press("Enter")
