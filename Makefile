@@ -25,6 +25,7 @@ help:
 	@echo "make bench-commit   how long Redis takes for one step of 64 requests"
 	@echo "make bench-events   events/s of the HTTP half alone, beside sse-starlette and a bare ASGI loop"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
+	@echo "make fuzz    50,000 requests from /openapi.json, spoilt HTTP and silent sockets against a server of its own"
 	@echo "make clients other people's clients, each in its own environment, against a server: a table of what passed"
 	@echo "make clean   remove the virtual environment and caches"
 
@@ -65,6 +66,9 @@ bench-events: $(VENV)/dev.stamp
 
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)
+
+fuzz: $(VENV)/dev.stamp
+	$(RUN)python -W ignore -m loadtests.fuzz $(ARGS)
 
 # Installs gigabytes into .clients; ARGS picks some of them by name.
 clients: $(VENV)/dev.stamp

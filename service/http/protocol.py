@@ -52,9 +52,16 @@ class Ending:
     """A transport as uvicorn uses it; to close it is up to the protocol."""
 
     def __init__(self, transport: asyncio.Transport, end: Callable[[], None]) -> None:
-        self.write, self.get_extra_info = transport.write, transport.get_extra_info
-        self.close = end
+        self.write: Callable[[bytes], None] = transport.write
+        self.close: Callable[[], None] = end
+        self.get_extra_info = transport.get_extra_info
         self._transport, self.ended = transport, False
+
+    def let_go(self) -> None:
+        """Nothing more is written, and nothing refers back to the protocol: many connections may end in a second, and
+        the collector comes seldom."""
+        self.ended = True
+        self.write = self.close = _nothing
 
     def is_closing(self) -> bool:
         """Whether nothing more is answered on it."""
@@ -98,8 +105,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Whatever was begun for it ends."""
-        self._ending.ended = True
+        self._ending.let_go()
         self._unset_timer()
+        self._unset_keepalive_if_required()
         self._waiting.pop(self, None)
         super().connection_lost(exc)
 
@@ -115,7 +123,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Gone at once."""
         self._waiting.pop(self, None)
         self.connections.discard(self)
-        self._ending.ended = True
+        self._ending.let_go()
         self._socket.abort()
 
     def _wait(self) -> None:
@@ -294,6 +302,10 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _bytes(response: Response) -> bytes:

@@ -2,11 +2,14 @@
 ends."""
 
 import asyncio
+import gc
 import json
 import socket
 import struct
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
@@ -359,3 +362,21 @@ async def test_a_client_that_resets_leaves_nothing_behind() -> None:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 client.sendall(said)
         await until(lambda: not door.connections() and not door.server.server_state.tasks)
+
+
+def _is_empty(refs: "weakref.WeakSet[object]") -> bool:
+    return not len(refs)
+
+
+async def test_what_has_ended_is_freed_without_the_collector() -> None:
+    async with house() as door:
+        gc.disable()
+        try:
+            for said in (b"", GET, GET + b"\r\n", POST + b"Content-Length: 9\r\n\r\n{"):
+                [client] = await _silent(door.port, 1, said)
+                await until(door.connections)
+                refs: weakref.WeakSet[object] = weakref.WeakSet(door.server.server_state.connections)
+                client.close()
+                await until(partial(_is_empty, refs))
+        finally:
+            gc.enable()
