@@ -25,6 +25,7 @@ EPILOG = """examples:
   millrace serve --model path/to/folder --port 9000
   millrace generate "Once upon a time"
   millrace chat                                    talk to the server on http://127.0.0.1:8000
+  millrace keys add ada --file keys.json           a key, for: millrace serve --api-keys-file keys.json
   millrace train --data stories.txt --out my-model
 in parts, any number of each, that meet in a Redis:
   millrace api --redis-url redis://localhost       HTTP, without a GPU or the weights
@@ -203,6 +204,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--api-key", metavar="KEY", help="for a server that asks for one")
     parser.add_argument(
         "--model", help="the folder whose chat template and tokenizer to use (default: the bundled one)"
     )

@@ -1,5 +1,6 @@
 """Who is let in: keys on every route, hosts, pages of other origins, and who one is behind the gate."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,11 +8,17 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 
+from service.door import Door as ServingDoor
+from service.door import rules
+from service.errors import StartupError
 from service.http.app import create_app
 from service.http.backend import Backend
 from service.http.gate import METRICS, OPEN, PAGE_PREFIX, Rules
 from service.keys import Keyring, add_key
+from service.listen import bind
 from service.metrics import Metrics
+from service.scrape import scraped
+from service.settings import Settings, SettingsError
 from tests.service.helpers_http import SERVED, Door
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -236,3 +243,85 @@ async def test_a_key_that_was_taken_away_is_refused_after_a_reload(door: Guarded
     assert (await door.ask("GET", "/v1/models", headers=bearer(door.key))).status_code == 401
     assert (await door.ask("GET", "/v1/models", headers=bearer(new))).status_code == 200
     assert SERVED.name
+
+
+# --- what a start makes of its settings ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("MILLRACE_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org", "127.0.0.1.example", "::ffff:0:0"])
+def test_without_keys_it_does_not_listen_beyond_this_machine(no_settings: None, host: str) -> None:
+    with pytest.raises(
+        StartupError, match=r"--host .*--api-keys-file .*millrace keys add.*--insecure-no-auth"
+    ) as refusal:
+        rules(Settings.load(host=host))
+    assert "\n" not in str(refusal.value)
+    assert rules(Settings.load(host=host, insecure_no_auth=True)) == Rules()
+
+
+def test_with_keys_it_may(no_settings: None, tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    with pytest.raises(StartupError, match="can't be read"):
+        rules(Settings.load(host="0.0.0.0", api_keys_file=file))
+    add_key(file, "ada", weight=3.0)
+    made = rules(Settings.load(host="0.0.0.0", api_keys_file=file))
+    assert made.keyring is not None and made.keyring.weights == {"ada": 3.0}
+    assert made.hosts == ()
+
+
+@pytest.mark.parametrize(("host", "named"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("127.0.0.9", "127.0.0.9")])
+def test_on_loopback_only_its_own_names_are_answered(no_settings: None, host: str, named: str) -> None:
+    assert set(rules(Settings.load(host=host)).hosts) == {"localhost", "127.0.0.1", "[::1]", named}
+    told = rules(Settings.load(host=host, allowed_hosts="chat.example, chat.example:8443")).hosts
+    assert told == ("chat.example", "chat.example:8443")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cors_origin", "*"),
+        ("cors_origin", "null"),
+        ("cors_origin", "https://*.example"),
+        ("cors_origin", "https://a.example/"),
+        ("cors_origin", "a.example"),
+        ("allowed_hosts", "*"),
+        ("allowed_hosts", "http://a"),
+        ("allowed_hosts", "a b"),
+    ],
+)
+def test_a_wildcard_is_no_origin_and_no_host(no_settings: None, name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"--{name.replace('_', '-')}"):
+        Settings.load(**{name: value})
+
+
+def test_several_origins_and_hosts_reach_a_child_process(no_settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.load(cors_origin=["https://a.example", "app://b"], allowed_hosts="a,b:1,[::1]")
+    monkeypatch.setattr(os, "environ", settings.environment())
+    assert Settings.load() == settings
+
+
+async def test_a_broken_key_file_changes_nothing_and_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    key = add_key(tmp_path / "keys.json", "ada")
+    ring = Keyring(tmp_path / "keys.json")
+    (tmp_path / "keys.json").write_text("[]")
+    ServingDoor._reload(ring)
+    assert ring.tenant(key.encode()) is not None and "the keys are what they were" in caplog.text
+
+
+async def test_metrics_have_a_port_of_their_own(no_settings: None) -> None:
+    async def exposition() -> bytes:
+        return b"millrace 1\n"
+
+    with bind("127.0.0.1", 0) as probe:
+        port = probe.getsockname()[1]
+    async with scraped(Settings.load(metrics_port=port), exposition), httpx.AsyncClient() as client:
+        url = f"http://127.0.0.1:{port}"
+        told = await client.get(f"{url}/metrics")
+        assert (told.status_code, told.text) == (200, "millrace 1\n")
+        for method, path in (("GET", "/"), ("POST", "/metrics"), ("GET", "/health"), ("GET", "/metrics/")):
+            assert (await client.request(method, url + path)).status_code == 404
