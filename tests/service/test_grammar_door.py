@@ -163,7 +163,8 @@ async def test_a_grammar_that_never_compiles_is_refused_and_others_do_not_wait(n
         assert (await door.generate()).status_code == 200
     response = await hostile
     assert response.status_code == 422
-    assert "compiles within" in response.json()["errors"][0]["allowed"]
+    told = response.json()["errors"][0]["allowed"]
+    assert "compiles within" in told or "too big" in told  # whichever limit is met first, on a busy machine
     assert (await door.generate(**HOSTILE[name])).status_code == 422  # known by now: no child is killed for it
     assert (await door.generate(regex="a")).status_code == 200
 
