@@ -99,7 +99,7 @@ export async function changes({ url, visitor, shot }) {
   await say(page, "The king was");
   await page.click("text=Try another");
   await page.waitForSelector("text=2 of 2");
-  await whole(page);
+  await ended(page); // as kept: what stops it may not have been drawn yet
   await page.click("[aria-label='Earlier version']");
   await page.waitForSelector("text=1 of 2");
 

@@ -109,9 +109,9 @@ function shelf() {
   $("export-all").hidden = !store.all().length;
 }
 
-async function discard(which) {
+function discard(which) {
   runs.get(which.id)?.reading?.stop();
-  await store.remove(which.id);
+  store.remove(which.id).catch(() => say("This browser would not forget the page: it may come back."));
   offerUndo("The page is gone.", () => (store.put(which), shelf()));
   if (which.id === page.id) open(blank());
   else shelf();
