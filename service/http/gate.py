@@ -84,7 +84,7 @@ class Gate:
         given = [value for name, value in scope["headers"] if name == b"host"]
         match = HOST.fullmatch(given[0]) if len(given) == 1 else None
         if match is None:
-            raise HttpRefusal("malformed", "the request needs one Host header: a name, and a port if there is one")
+            raise HttpRefusal("bad_request", "the request needs one Host header: a name, and a port if there is one")
         host = given[0].lower()
         if self._hosts and not self._hosts & {host, match[1].lower()}:
             raise HttpRefusal("forbidden", "this server does not answer for that host; see --allowed-hosts")

@@ -14,6 +14,7 @@ HANDOVER_RETRY_S = 1  # another process serves already, or this one's successor 
 # code -> status, title; the code is the anchor of the error's line on the /docs page
 PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed": (400, "The body is not JSON"),
+    "bad_request": (400, "Not a request that can be read"),
     "invalid_api_key": (401, "The key is missing or not known"),
     "forbidden": (403, "Not from there"),
     "model_not_found": (404, "No such model"),

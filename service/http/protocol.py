@@ -163,7 +163,7 @@ class LimitedProtocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             self._pass_over(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            self._refuse(HttpRefusal("malformed", "this is not HTTP/1.1"))
+            self._refuse(HttpRefusal("bad_request", "this is not HTTP/1.1"))
 
     def _pass_over(self, rest: bytes) -> None:
         """Another protocol is offered, as Java's client does with every first request. The parser now takes a body for
@@ -171,7 +171,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._ending.ended:
             return
         if self.parser.get_method() == b"CONNECT":
-            self._refuse(HttpRefusal("malformed", "this is no proxy"))
+            self._refuse(HttpRefusal("bad_request", "this is no proxy"))
             return
         head = b"%b %b HTTP/1.1\r\n" % (self.parser.get_method(), self.url)
         for name, value in self.headers:

@@ -169,7 +169,7 @@ async def test_what_is_no_http_is_refused_at_once(junk: bytes) -> None:
     async with house() as door:
         answer = await door.say(junk)
         assert status(answer) == 400, answer
-        assert body_of(answer)["code"] == "malformed"
+        assert body_of(answer)["code"] == "bad_request"
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------------
