@@ -111,7 +111,8 @@ class Generation:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.intake = intake
-        self._broker, self._cancels, self._clock = broker, cancels, clock
+        self.cancels = cancels
+        self._broker, self._clock = broker, clock
         self._is_ours = False
         self.choices = [
             Choice(index, request, served, Book(metrics), after[index] if after else 0)
@@ -180,16 +181,16 @@ class Generation:
 
     def hand_over(self) -> None:
         """It is this process that leaves, not the client: nothing is cancelled."""
-        self._cancels = False
+        self.cancels = False
 
     async def close(self) -> None:
         """Settle what has had no terminal entry. Call it whatever happened; it may take one trip to the broker."""
         left = [choice for choice in self.choices if not choice.told_end]
         for choice in left:
-            if self._cancels and choice.finish is None:
+            if self.cancels and choice.finish is None:
                 choice.finish = CANCELLED
             choice.book.end(choice.finish.reason if choice.finish else HANDED_OVER, self._clock())
-        for choice in left if self._cancels else ():
+        for choice in left if self.cancels else ():
             try:
                 await self._broker.cancel(choice.request.id, choice.request.tenant)
             except MillraceError as error:
@@ -211,7 +212,7 @@ class Generation:
 
     def used(self) -> int | None:
         """Tokens of prompts and answers; None while it goes on without this reader."""
-        if not self._cancels and not all(choice.told_end for choice in self.choices):
+        if not self.cancels and not all(choice.told_end for choice in self.choices):
             return None
         usage = self.usage()
         return usage.prompt_tokens + usage.completion_tokens

@@ -124,7 +124,7 @@ async def take_in(asked: Asked, served: Served, client: Client = Client()) -> In
     grammar = await _grammar(body, served)
     sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
     for prompt in asked.prompts or (body.prompt,):
-        prompt_ids = await _prompt_ids(prompt, body.on_overflow, served)
+        prompt_ids = await _prompt_ids(prompt, body, served)
         if grammar is not None and served.tokenizer.detokenizer(prompt_ids).flush():
             raise InvalidRequest("prompt", prompt, "with a grammar, ids that do not end in the middle of a character")
         sampling = _sampling(body, served, seed, room=served.max_model_len - len(prompt_ids))
@@ -157,7 +157,7 @@ async def take_in(asked: Asked, served: Served, client: Client = Client()) -> In
     return Intake(group)
 
 
-async def _prompt_ids(prompt: Prompt, on_overflow: str, served: Served) -> tuple[int, ...]:
+async def _prompt_ids(prompt: Prompt, body: GenerateRequest, served: Served) -> tuple[int, ...]:
     encode, limit = served.tokenizer.encode, served.max_model_len - 1  # one token at least must be generated
     if isinstance(prompt, list):
         ids = prompt
@@ -168,9 +168,10 @@ async def _prompt_ids(prompt: Prompt, on_overflow: str, served: Served) -> tuple
         ids = encode(prompt, special=True)
     else:
         ids = await asyncio.to_thread(encode, prompt, special=True)
-    if len(ids) > limit and on_overflow == "reject":
-        raise PromptTooLong(len(ids), limit)
-    ids = ids[-limit:]
+    if len(ids) > limit:
+        if body.on_overflow == "reject":
+            raise PromptTooLong(len(ids), limit)
+        ids = ids[-max(1, served.max_model_len - min(body.max_tokens, served.max_model_len // 2)) :]
     if not ids:
         raise InvalidRequest("prompt", prompt, "text that makes at least one token")
     _check_ids("prompt", ids, served)

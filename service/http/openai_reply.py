@@ -61,9 +61,13 @@ class _Dialect:
         """The rest, the finish, the usage, or the error that takes their place; and `[DONE]`."""
         failure = self.failure(generation)
         if failure is not None:
-            return b"data: %b\n\n%b" % (orjson.dumps(openai_error(failure)), DONE)
+            return _failed(failure)
         ends = b"".join(self._end(choice) for choice in generation.choices)
         return ends + (self._usage(generation) if self._wishes.usage else b"") + DONE
+
+    def interruption(self, error: MillraceError) -> bytes:
+        """An error: OpenAI's clients know no way back into a stream."""
+        return _failed(error)
 
     def _end(self, choice: Choice) -> bytes:
         raise NotImplementedError
@@ -260,6 +264,10 @@ def _bounded(piece: Piece) -> Piece:
         return piece
     top = tuple((id, max(value, LEAST_LOGPROB)) for id, value in piece.logprob.top)
     return piece._replace(logprob=TokenLogprob(max(piece.logprob.logprob, LEAST_LOGPROB), top))
+
+
+def _failed(error: MillraceError) -> bytes:
+    return b"data: %b\n\n%b" % (orjson.dumps(openai_error(error)), DONE)
 
 
 def usage_of(generation: Generation) -> dict[str, int]:

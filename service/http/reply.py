@@ -57,6 +57,11 @@ class Dialect(Protocol):
         """What ends a stream, whatever has happened: the one terminal group, after which nothing comes."""
         ...
 
+    def interruption(self, error: MillraceError) -> bytes:
+        """What ends a stream that this process leaves while its request goes on; b"" where clients of this dialect come
+        back with the last event id."""
+        ...
+
     def failure(self, generation: Generation) -> MillraceError | None:
         """Why a whole answer can't be given, when it has ended."""
         ...
@@ -95,6 +100,9 @@ class Native:
 
     def ending(self, generation: Generation) -> bytes:
         return b"data: %b\n\n%b" % (self._ended(generation, [[] for _ in generation.choices]), DONE)
+
+    def interruption(self, error: MillraceError) -> bytes:
+        return b""
 
     def failure(self, generation: Generation) -> MillraceError | None:
         failure = generation.error()

@@ -71,6 +71,10 @@ class Responses:
         kind = status if status in ("completed", "incomplete") else "failed"
         return events + self._event(f"response.{kind}", response=self.object(status, generation))
 
+    def interruption(self, error: MillraceError) -> bytes:
+        """Nothing: a client reads on by `starting_after`."""
+        return b""
+
     def _take(self, parts: list[str | Call]) -> bytes:
         events = b""
         for part in parts:

@@ -159,7 +159,9 @@ class GenerateRequest(BaseModel):
         0, "One of two: -1 goes ahead of the others, until those have waited long; 0 is the usual one", -1, 0
     )
     on_overflow: Literal["reject", "truncate_left"] = _field(
-        "reject", "What to do with a prompt that fills the context", "reject, or truncate_left to keep its end"
+        "reject",
+        "What to do with a prompt that fills the context",
+        "reject, or truncate_left to keep its end and leave room for max_tokens, at most half of the context",
     )
     resumable: bool = _switch(
         "Go on when the client leaves: it can be read again by its id, and is cancelled when nobody has for a while"

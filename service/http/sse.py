@@ -3,7 +3,8 @@
 It knows no JSON and no dialect. Lines end in LF, since many clients split on LF LF; a frame is always whole. The id of
 an event is `<request id>:<tokens so far>`, with several choices a count for each: `<id>:12,9`. At the end comes the
 dialect's one terminal group, whatever has happened before. Only where this process stops and the request goes on, the
-stream just ends: its reader shall come back with the last id, and `retry` says how soon.
+stream just ends: its reader shall come back with the last id, and `retry` says how soon. Readers of a dialect whose
+clients never do are told an error, unless they have said that they will (`resumable`).
 
 A comment is one line, without an empty one after it: to the parser of OpenAI's Python client that would be the end of
 an event without data, once an event had an id, and it breaks on that.
@@ -90,7 +91,7 @@ class EventStream(EventSourceResponse):
         with_progress: bool = False,
     ) -> None:
         self._generation, self._frames = generation, Frames(generation, dialect)
-        self._with_progress = with_progress
+        self._dialect, self._with_progress = dialect, with_progress
         # A client that is cut off before the first event needs to know where to go on.
         super().__init__(iter(()), headers={"Content-Location": dialect.location, **(headers or {})})
         self._loop = asyncio.get_running_loop()
@@ -137,9 +138,10 @@ class EventStream(EventSourceResponse):
                 async for pieces in batches:
                     if body := frames.of(pieces):
                         await self._send(send, body)
-        except Handover:
+        except Handover as handover:
+            told = self._dialect.interruption(handover) if generation.cancels else b""
             generation.hand_over()
-            await self._send(send, HANDED_OVER)
+            await self._send(send, told or HANDED_OVER)
             return
         except Exception as error:
             generation.fail(error)

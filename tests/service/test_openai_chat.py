@@ -85,6 +85,20 @@ async def test_a_server_that_stops_says_so() -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1])
+async def test_a_stream_that_a_stopping_server_leaves_ends_as_an_error(num_tokens: int) -> None:
+    door = OpenAIDoor(lambda request: [*[Entry(i, (65,)) for i in range(num_tokens)], Handover()])
+    chunks = chunks_of(await door.chat(stream=True))
+    assert [chunk.keys() == {"error"} for chunk in chunks] == [False] * num_tokens + [True]
+    assert chunks[-1]["error"]["code"] == "unavailable"
+    assert door.broker.cancelled == []
+
+
+async def test_a_resumable_stream_that_a_stopping_server_leaves_just_ends() -> None:
+    told = await OpenAIDoor(lambda request: [Entry(0, (65,)), Handover()]).chat(stream=True, resumable=True)
+    assert "retry: 200" in told.text and "error" not in told.text and "[DONE]" not in told.text
+
+
 async def test_log_probabilities_have_bytes_and_alternatives() -> None:
     end = Entry(1, (0,), (TokenLogprob(-0.1),), finish=Finish(FinishReason.STOP), timings=TIMINGS)
     script = [Entry(0, (65,), (TokenLogprob(-0.5, ((65, -0.5), (66, float("-inf")))),)), end]
