@@ -79,7 +79,7 @@ async def test_spoilt_http_is_refused_and_harms_nobody(monkeypatch: pytest.Monke
     for name, value in {"HEAD_S": 0.5, "BODY_S": 0.5, "LINGER_S": 0.2}.items():
         monkeypatch.setattr(f"service.http.protocol.{name}", value)
     async with house(max_connections=200) as served:
-        told = await attack(served.port, "mr-key", 500, seed=1, at_once=100)
+        told = await attack(served.port, "mr-key", 500, seed=1, per_s=1000, at_once=100)
         assert not told["complaints"]
         assert b"200" in await served.say(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 

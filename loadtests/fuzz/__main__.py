@@ -3,7 +3,8 @@ thousands of sockets that say nothing, while a polite client goes on asking.
 
 Prints the answers of 500 and more, the ends of the process, the hangs, and the polite client's 99th percentiles before
 and meanwhile; exits with 1 if there were any, or if a percentile more than doubled. The attackers run at the lowest
-priority: they share the machine, and what is measured is the server.
+priority: they share the machine, and what is measured is the server. By default they also leave it some time: how many
+attackers as fast as they can (`--processes 2 --raw-per-s 100000`) slow the others down is a matter of cores.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
             role("schema", server, bad, cases=args.cases // args.processes, seed=args.seed + 10**6 * number)
             for number in range(args.processes)
         ]
-        raw = role("raw", server, bad, cases=args.raw, seed=args.seed)
+        raw = role("raw", server, bad, cases=args.raw, seed=args.seed, per_s=args.raw_per_s)
         cases, spoilt = [end(each) for each in attackers], end(raw)
         held, meanwhile = end(slow), end(patient)
         ended = int(server.process.poll() is not None)
@@ -111,8 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=50_000, help="requests made from /openapi.json")
     parser.add_argument("--raw", type=int, default=50_000, help="spoilt requests")
+    parser.add_argument("--raw-per-s", type=int, default=150, help="of them a second, at most")
     parser.add_argument("--sockets", type=int, default=2000, help="held open")
-    parser.add_argument("--processes", type=int, default=2, help="that make requests from /openapi.json")
+    parser.add_argument("--processes", type=int, default=1, help="that make requests from /openapi.json")
     parser.add_argument("--quiet-s", type=float, default=20.0, help="to measure before")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

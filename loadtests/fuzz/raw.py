@@ -99,8 +99,8 @@ async def say(port: int, text: bytes, rng: random.Random) -> bytes:
         writer.close()
 
 
-async def attack(port: int, key: str, cases: int, seed: int, at_once: int = AT_ONCE) -> dict[str, object]:
-    """All of them. A hang is a connection that the server neither answers nor closes in time."""
+async def attack(port: int, key: str, cases: int, seed: int, per_s: int, at_once: int = AT_ONCE) -> dict[str, object]:
+    """All of them, at most `per_s` a second. A hang is a connection that is neither answered nor closed in time."""
     rng, outcomes, complaints, room = random.Random(seed), Counter[str](), list[str](), asyncio.Semaphore(at_once)
     longest_s = 0.0
 
@@ -121,19 +121,23 @@ async def attack(port: int, key: str, cases: int, seed: int, at_once: int = AT_O
         if BROKEN.search(answer):
             complaints.append(f"{text[:400]!r} -> {answer[:300]!r}")
 
-    await asyncio.gather(*(one(spoilt(rng)) for _ in range(cases)))
+    attacks, begun_s = [], time.monotonic()
+    for number in range(cases):
+        attacks.append(asyncio.create_task(one(spoilt(rng))))
+        await asyncio.sleep(begun_s + number / per_s - time.monotonic())
+    await asyncio.gather(*attacks)
     return {"outcomes": outcomes, "complaints": complaints, "longest_s": round(longest_s, 1)}
 
 
 def main() -> None:
     """Prints the outcomes."""
     parser = argparse.ArgumentParser()
-    for name in ("port", "cases", "seed"):
+    for name in ("port", "cases", "seed", "per_s"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--key", required=True)
     args = parser.parse_args()
     os.nice(19)
-    json.dump(asyncio.run(attack(args.port, args.key, args.cases, args.seed)), sys.stdout)
+    json.dump(asyncio.run(attack(args.port, args.key, args.cases, args.seed, args.per_s)), sys.stdout)
 
 
 if __name__ == "__main__":
