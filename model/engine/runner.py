@@ -51,12 +51,13 @@ class Runner:
     def run(self, plan: StepPlan) -> Computed:
         """Compute every chunk's keys and values, and draw one id for each chunk that draws."""
         batch = self.build(plan)
-        hidden = self.decoder(batch.token_ids, batch.positions, PagedAttention(self.decoder.config, self.store, batch))
+        ops = PagedAttention(self.decoder.config, self.store, batch)
+        hidden = self.decoder(batch.token_ids, batch.positions, ops)
         done = Computed(failed=self._not_finite(plan, hidden))
         drawing = [chunk for chunk in plan.chunks if chunk.draws]
         if drawing:
             wanted = pad_rows(hidden[batch.logit_rows], self.row_multiple)
-            drawn = sample(self.decoder.logits(wanted)[: len(drawing)], [_row(chunk) for chunk in drawing])
+            drawn = sample(self.decoder.logits(wanted, ops)[: len(drawing)], [_row(chunk) for chunk in drawing])
             for chunk, token_id, logprob, bad in zip(drawing, drawn.token_ids, drawn.logprobs, drawn.bad, strict=True):
                 done.token_ids[chunk.sequence.id] = token_id
                 if logprob is not None:
