@@ -7,6 +7,7 @@ what training uses, what runs everywhere, and what every kernel is compared with
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +32,7 @@ class Heads:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [n, heads, d], keys and values [n, kv_heads, d], normed and turned."""
-        q, k, v = self.qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k, v = torch.split_with_sizes(self.qkv, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.angles is not None:
