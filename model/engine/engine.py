@@ -12,14 +12,16 @@ service types; the same object serves HTTP and five lines of library code:
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from model.assemble import Assembler
 from model.config import EngineConfig
-from model.engine.runner import Computed, Runner
+from model.engine.paths import StepRunner, make_runner
+from model.engine.runner import Computed
 from model.engine.scheduler import Outcome, Scheduler, StepPlan
 from model.engine.sequence import Sequence
 from model.engine.sizing import choose_device, choose_dtype, size_engine
@@ -47,14 +49,26 @@ class EngineStats:
     last_rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A plan, and what the runner made of it; None: there was nothing to compute."""
+
+    plan: StepPlan
+    flight: Any
+
+
 class Engine:
     """Continuous batching over one network. Every added request ends with exactly one delta that has a `finish`, unless
     it is cancelled: then its blocks are free at once and no more is said of it."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig, runner: StepRunner | None = None
+    ) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.scheduler = Scheduler(config)
-        self.runner = Runner(decoder, config)
+        self.runner = runner or make_runner(decoder, config)
+        self._flying: _Step | None = None  # started, while the one before it is told
+        self._planned: StepPlan | None = None  # to be started once the one before it is told
         self._assemblers: dict[str, Assembler] = {}  # of requests with stop strings only
         self._ended: list[Delta] = []  # complete when they were added; told by the next step
         self._steps = self._prompt_tokens = self._output_tokens = self._last_rows = 0
@@ -69,8 +83,12 @@ class Engine:
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         cache_gib: float | None = None,
+        deterministic: bool = False,
     ) -> "Engine":
-        """An engine for a Hugging Face folder. Raises `CheckpointError` and `EngineConfigError`, one line each."""
+        """An engine for a Hugging Face folder; for `deterministic` see `EngineConfig`.
+
+        Raises `CheckpointError` and `EngineConfigError`, one line each.
+        """
         folder = Path(folder)
         config = read_config(folder)
         tokenizer = Tokenizer.load(folder)
@@ -85,7 +103,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             cache_gib=cache_gib,
         )
-        return cls(decoder, tokenizer, sized)
+        return cls(decoder, tokenizer, replace(sized, deterministic=deterministic))
 
     def add(self, request: Request, so_far: Seq[int] = ()) -> None:
         """Take a request in; `so_far` are output ids that it already has, which are not told again."""
@@ -107,7 +125,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.scheduler.has_work or bool(self._ended)
+        return self.scheduler.has_work or bool(self._ended or self._flying or self._planned)
 
     def room(self) -> int:
         """How many more requests are welcome: the seats, and a few to take the place of those that end."""
@@ -115,16 +133,37 @@ class Engine:
         return max(0, self.config.max_num_seqs + spare - self.scheduler.num_running - self.scheduler.num_waiting)
 
     def step(self) -> list[Delta]:
-        """Compute one step: at most one new id for each running request, and whoever ended."""
-        plan = self.scheduler.plan()
-        done = self.runner.run(plan) if plan.chunks else Computed()
+        """Compute one step: at most one new id for each running request, and whoever ended.
+
+        A device that can run ahead is given the next step before this one's ids are looked at, so that it never waits
+        for the host. Whoever turns out to have ended by then is computed once more, in vain.
+        """
+        step = self._flying or self._start(self._planned or self.scheduler.plan())
+        self._flying = self._planned = None
+        if step.flight is not None and self.runner.can_run_ahead(step.plan):
+            self.scheduler.advance(step.plan)
+            following = self.scheduler.plan()
+            if self.runner.can_run_ahead(following):
+                self._flying = self._start(following) if following.chunks else None
+            else:
+                self._planned = following
+        return self._tell(step)
+
+    def _start(self, plan: StepPlan) -> _Step:
+        # A plan made earlier may hold sequences that have ended since.
+        plan = replace(plan, chunks=tuple(chunk for chunk in plan.chunks if self.scheduler.owns(chunk.sequence)))
+        return _Step(plan, self.runner.start(plan) if plan.chunks else None)
+
+    def _tell(self, step: _Step) -> list[Delta]:
+        done = Computed() if step.flight is None else self.runner.collect(step.flight)
         deltas, self._ended = self._ended, []
         for sequence in done.failed:
-            self.cancel(sequence.id)
-            deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=NOT_FINITE))
-        for outcome in self.scheduler.commit(plan, done.token_ids):
+            if self.scheduler.owns(sequence):
+                self.cancel(sequence.id)
+                deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=NOT_FINITE))
+        for outcome in self.scheduler.commit(step.plan, done.token_ids):
             deltas.append(self._delta(outcome, done.logprobs.get(outcome.sequence.id)))
-        self._count(plan, sum(len(delta.token_ids) for delta in deltas))
+        self._count(step.plan, sum(len(delta.token_ids) for delta in deltas))
         return deltas
 
     def stats(self) -> EngineStats:

@@ -5,22 +5,27 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.config import ModelConfig
+from model.config import EngineConfig, ModelConfig
+from model.engine.engine import Engine
+from model.engine.fast import FastRunner
 from model.nn.attention import PagedAttention
 from model.nn.norm import RMSNorm
 from model.nn.ops import Heads
 from model.nn.positions import Rotary
-from tests.model.conftest import TINY
+from tests.model.conftest import TINY, MakeEngine, random_decoder
 from tests.model.helpers_kernels import DEVICE, NEEDS_TRITON
+from tests.model.test_engine import mixed_requests, outputs
 
 pytestmark = [NEEDS_TRITON, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
 if not NEEDS_TRITON.args[0]:
+    from model.nn.kernels.check import disagreement
     from model.nn.kernels.linear import linear
     from model.nn.kernels.ops import KernelOps
     from tests.model.helpers_ragged import Cache, ragged
@@ -174,3 +179,28 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here() -> None:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("sm_90") == run.stdout.count("sm_80") == 15
+
+
+@pytest.mark.parametrize("changes", [{}, {"windows": (20, None), "qk_norm": True}, {"position": "learned"}])
+def test_kernels_agree_with_their_twins_here(changes: dict[str, Any]) -> None:
+    """The check that is made when a network is loaded on a GPU."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    assert disagreement(replace(TINY, **changes), DEVICE, dtype) is None
+
+
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.nn.kernels.ops._scale", lambda dim: 0.1)
+    reason = disagreement(TINY, DEVICE, torch.float32)
+    assert reason is not None and "attention" in reason
+
+
+def test_the_engine_over_kernels_gives_the_tokens_of_the_plain_one(make_engine: MakeEngine) -> None:
+    """The fast runner with everything in it; on a GPU with graphs, on a CPU interpreted."""
+    requests, decoder = mixed_requests(5, max_prompt=20), random_decoder(TINY)
+    requests = [replace(r, sampling=replace(r.sampling, max_tokens=5)) for r in requests]
+    expected = outputs(make_engine(decoder), requests)
+    config = EngineConfig(device=DEVICE.type, max_model_len=512, num_blocks=256, max_num_seqs=4, max_batch_tokens=20)
+    decoder = decoder.to(DEVICE)
+    record = None if DEVICE.type == "cuda" else lambda step: step
+    runner = FastRunner(decoder, config, KernelOps, record)
+    assert outputs(Engine(decoder, make_engine().tokenizer, config, runner), requests) == expected
