@@ -30,7 +30,7 @@ LEAST_SPAN, MOST_SPANS = 256, 32
 IDS, POSITIONS, SLOTS, SEATS, SOURCES = range(5)  # rows of the numbers that the host sends, int64
 Numbers = NDArray[np.int64]
 MakeOps = Callable[[ModelConfig, PagedStore, RaggedBatch, bool], Ops]
-Record = Callable[[Callable[[], tuple[Tensor, Tensor]]], Callable[[], tuple[Tensor, Tensor]]]
+Act = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,9 @@ class FastRunner:
     the same tensors every time; by default a CUDA graph.
     """
 
-    def __init__(self, decoder: Decoder, config: EngineConfig, make_ops: MakeOps, record: Record | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, config: EngineConfig, make_ops: MakeOps, record: "Callable[[Act], Act] | None" = None
+    ) -> None:
         self.decoder, self.config = decoder, config
         self.device = torch.device(config.device)
         self.store = PagedStore(
@@ -63,8 +65,12 @@ class FastRunner:
         self._piece = piece_rows(decoder.config.num_heads, decoder.config.num_kv_heads)
         self._seats = Seats(config.max_num_seqs, -(-config.max_model_len // config.block_size), self.device)
         self._drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
+        # What graphs leave: one place for all of them, where each having its own would add up to gigabytes.
+        shape = (config.max_num_seqs, decoder.config.hidden_size)
+        self._hidden = torch.zeros(shape, dtype=self.store.keys.dtype, device=self.device)
+        self._finite = torch.zeros(config.max_num_seqs, dtype=torch.bool, device=self.device)
         self._places: dict[Sequence, int] = {}  # whose id stands where in `_drawn`
-        self._graphs: dict[tuple[int, int], tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]] = {}
+        self._graphs: dict[tuple[int, int], tuple[Tensor, Act, Ops]] = {}
 
     def warm(self) -> None:
         """Record every graph, so that no request waits for one."""
@@ -88,19 +94,18 @@ class FastRunner:
         num_spans = next(n for n in self._span_counts() if n * self.span >= longest)
         if num_single == len(order):
             num_rows = next(n for n in row_counts(self.config.max_num_seqs) if n >= num_single)
-            inputs, replay = self._graph(num_rows, num_spans)
+            inputs, replay, ops = self._graph(num_rows, num_spans)
             inputs.copy_(self._sent(_padded(numbers, num_rows, self._seats.spare)), non_blocking=True)
-            logits, finite = replay()
-            logits, finite = logits[:num_single], finite[:num_single]
+            replay()
+            hidden, finite = self._hidden[:num_single], self._finite[:num_single]
         else:
-            sent = self._sent(numbers)
-            hidden, ops, finite = self._forward(
-                sent, num_single, self._sent(np.array(pieces, dtype=np.int32)), num_spans
-            )
-            logits = self.decoder.logits(hidden[self._sent(np.array(wanted, dtype=np.int64))], ops)
+            sent, sent_pieces = self._sent(numbers), self._sent(np.array(pieces, dtype=np.int32))
+            ops = self._ops(sent, num_single, sent_pieces, num_spans)
+            hidden, finite = self._forward(sent, ops)
         drawing = [chunk for chunk in order if chunk.draws]
-        if num_single == len(order) and len(drawing) < num_single:
-            logits = logits[self._sent(np.array(wanted, dtype=np.int64))]
+        if len(wanted) < len(hidden):
+            hidden = hidden[self._sent(np.array(wanted, dtype=np.int64))]
+        logits = self.decoder.logits(hidden, ops)
         return self._draw(plan, order, drawing, logits, finite)
 
     def collect(self, flight: Flight) -> Computed:
@@ -174,34 +179,41 @@ class FastRunner:
                 wanted.append(len(ids) - 1)
         return np.array([ids, positions, slots, seats, sources], dtype=np.int64), wanted, pieces
 
-    def _forward(self, inputs: Tensor, num_single: int, pieces: Tensor, num_spans: int) -> tuple[Tensor, Ops, Tensor]:
-        """Hidden rows, the operations that made them, and which rows are finite."""
-        seats, positions, slots = inputs[SEATS], inputs[POSITIONS], inputs[SLOTS]
+    def _ops(self, inputs: Tensor, num_single: int, pieces: Tensor, num_spans: int) -> Ops:
+        """The operations of a step over rows as `_rows` describes them. Only views, so that a recording sees new
+        numbers in the same place."""
+        batch = RaggedBatch(
+            inputs[IDS], inputs[POSITIONS], inputs[SLOTS], inputs[SEATS], num_single, pieces.view(-1, 4),
+            self._seats.tables, self.span, num_spans,
+        )  # fmt: skip
+        return self._make_ops(self.decoder.config, self.store, batch, self.config.deterministic)
+
+    def _forward(self, inputs: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+        """Hidden rows, and which of them are finite."""
         ids = torch.where(inputs[SOURCES] >= 0, self._drawn[inputs[SOURCES].clamp(min=0)], inputs[IDS])
         size = self.config.block_size
         # Every row enters its own block: the same number for all rows of a block, and nothing for the host to send.
-        self._seats.tables[seats, positions // size] = (slots.clamp(min=0) // size).int()
-        batch = RaggedBatch(
-            ids, positions, slots, seats.int(), num_single, pieces.view(-1, 4), self._seats.tables, self.span, num_spans
-        )
-        ops = self._make_ops(self.decoder.config, self.store, batch, self.config.deterministic)
-        hidden = self.decoder(ids, positions, ops)
-        return hidden, ops, hidden.isfinite().all(dim=1)
+        blocks = (inputs[SLOTS].clamp(min=0) // size).int()
+        self._seats.tables[inputs[SEATS], inputs[POSITIONS] // size] = blocks
+        hidden = self.decoder(ids, inputs[POSITIONS], ops)
+        return hidden, hidden.isfinite().all(dim=1)
 
     @torch.inference_mode()
-    def _graph(self, num_rows: int, num_spans: int) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
-        """The tensor that the numbers of `num_rows` single rows go to, and a function that gives logits and finite."""
+    def _graph(self, num_rows: int, num_spans: int) -> tuple[Tensor, Act, Ops]:
+        """The tensor that the numbers of `num_rows` single rows go to, a function that fills `_hidden` and `_finite`
+        from it, and the operations that it uses."""
         key = (num_rows, num_spans)
         if key not in self._graphs:
             nothing = _padded(np.zeros((5, 0), dtype=np.int64), num_rows, self._seats.spare)
             inputs = torch.from_numpy(nothing).to(self.device)
-            no_pieces = torch.empty(0, 4, dtype=torch.int32, device=self.device)
+            ops = self._ops(inputs, num_rows, torch.empty(0, 4, dtype=torch.int32, device=self.device), num_spans)
 
-            def step() -> tuple[Tensor, Tensor]:
-                hidden, ops, finite = self._forward(inputs, num_rows, no_pieces, num_spans)
-                return self.decoder.logits(hidden, ops), finite
+            def step() -> None:
+                hidden, finite = self._forward(inputs, ops)
+                self._hidden[:num_rows] = hidden
+                self._finite[:num_rows] = finite
 
-            self._graphs[key] = inputs, self._record(step)
+            self._graphs[key] = inputs, self._record(step), ops
         return self._graphs[key]
 
     def _span_counts(self) -> list[int]:
@@ -221,7 +233,7 @@ class _Recorder:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, step: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:
+    def __call__(self, step: Act) -> Act:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -231,13 +243,8 @@ class _Recorder:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            results = step()
-
-        def replay() -> tuple[Tensor, Tensor]:
-            graph.replay()
-            return results
-
-        return replay
+            step()
+        return graph.replay
 
 
 def row_counts(most: int) -> list[int]:

@@ -49,7 +49,7 @@ ROWS_PER_PIECE = 64
 class RaggedBatch:
     """One step for kernels that find their own way through the cache.
 
-    `token_ids`, `positions`, `slots` are int64 [n], `seats` int32 [n]: a row's line in `tables` int32 [seats, width],
+    `token_ids`, `positions`, `slots`, `seats` are int64 [n]; a seat is a row's line in `tables` int32 [seats, width],
     which lists the blocks of its sequence. The first `num_single` rows attend by themselves; the others belong to
     `pieces` int32 [m, 4] of neighbouring rows of one sequence: seat, first row, number of rows, first position. A row
     with slot -1 is padding. No context reaches beyond `num_spans` spans of `span` keys.

@@ -25,7 +25,7 @@ def attention_kernels(dim: int, shared: int, stages: int) -> list[tuple[Any, dic
     sizes = {"NUM_KV_HEADS": 8, "SHARED": shared, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), **ATTENTION}
     parts = {"sums": F32, "peaks": F32, "totals": F32, "positions": I64}
     rows = {"qkv": BF16, "queries": BF16, "slots": I64, "cos": BF16, "sin": BF16, "q_weight": BF16, "k_weight": BF16}
-    one = {"queries": BF16, "seats": I32, **CACHE, **parts}
+    one = {"queries": BF16, "seats": I64, **CACHE, **parts}
     heads = {"NUM_HEADS": 8 * shared, "NUM_KV_HEADS": 8, "DIM": dim, "HALF_PAD": triton.next_power_of_2(dim // 2)}
     merging = {name: sizes[name] for name in ("WINDOW", "SPAN", "DIM", "DIM_PAD")}
     merging["NUM_HEADS"] = 8 * shared

@@ -106,7 +106,7 @@ def ragged(cache: Cache, chunks: Chunks, num_padding: int = 0) -> RaggedBatch:
         token_ids=torch.zeros(len(positions) + num_padding, dtype=torch.int64, device=DEVICE),
         positions=torch.tensor(positions + pad, device=DEVICE),
         slots=torch.tensor([*cache.slots(chunks), *[-1] * num_padding], device=DEVICE),
-        seats=torch.tensor(seats + pad, dtype=torch.int32, device=DEVICE),
+        seats=torch.tensor(seats + pad, device=DEVICE),
         num_single=sum(num == 1 for _, num in chunks.values()),
         pieces=torch.tensor(pieces, dtype=torch.int32, device=DEVICE).view(-1, 4),
         tables=cache.tables.to(DEVICE, torch.int32),

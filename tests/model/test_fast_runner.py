@@ -44,7 +44,7 @@ class PlainRagged(Ops):
         batch, size, position = self.batch, self.store.block_size, int(self.batch.positions[row])
         window = self.config.window(layer) or position + 1
         at = torch.arange(max(0, position + 1 - window), position + 1)
-        slots = batch.tables[batch.seats[row].long(), at // size].long() * size + at % size
+        slots = batch.tables[batch.seats[row], at // size].long() * size + at % size
         k, v = (cache[layer].flatten(1, 2)[:, slots] for cache in (self.store.keys, self.store.values))
         q = q.view(self.config.num_kv_heads, -1, self.config.head_dim)
         weights = (q @ k.transpose(1, 2) * self.config.head_dim**-0.5).softmax(-1)

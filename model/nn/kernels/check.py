@@ -62,7 +62,7 @@ def _attend(config: ModelConfig, device: torch.device, dtype: torch.dtype, num: 
     width = piece_rows(config.num_heads, config.num_kv_heads)
     pieces = [[0, at, min(width, num - at), PAST + at] for at in range(0, num if num > 1 else 0, width)]
     batch = RaggedBatch(
-        ids, positions, slots, ids.int(), int(num == 1), torch.tensor(pieces, dtype=torch.int32, device=device),
+        ids, positions, slots, ids, int(num == 1), torch.tensor(pieces, dtype=torch.int32, device=device),
         blocks[None].int(), SPAN, -(-length // SPAN),
     )  # fmt: skip
     finish: tuple[Ops, torch.dtype] = (KernelOps(config, store, batch), dtype)
