@@ -63,3 +63,7 @@ load: $(VENV)/dev.stamp
 
 clean:
 	rm -rf "$(VENV)" .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+
+.PHONY: bench-gpu
+bench-gpu:  # with the Python that has torch for CUDA, triton, transformers and safetensors: PYTHON=
+	PYTHONPATH=. $(PYTHON) -m loadtests.bench_gpu $(ARGS)
