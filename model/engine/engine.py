@@ -138,7 +138,7 @@ class Engine:
         A device that can run ahead is given the next step before this one's ids are looked at, so that it never waits
         for the host. Whoever turns out to have ended by then is computed once more, in vain.
         """
-        step = self._flying or self._start(self._planned or self.scheduler.plan())
+        step = self._flying or self._start(self._alive(self._planned) or self.scheduler.plan())
         self._flying = self._planned = None
         if step.flight is not None and self.runner.can_run_ahead(step.plan):
             self.scheduler.advance(step.plan)
@@ -149,9 +149,13 @@ class Engine:
                 self._planned = following
         return self._tell(step)
 
+    def _alive(self, plan: StepPlan | None) -> StepPlan | None:
+        """A plan made earlier, without the sequences that have ended since."""
+        if plan is None or all(self.scheduler.owns(chunk.sequence) for chunk in plan.chunks):
+            return plan
+        return replace(plan, chunks=tuple(chunk for chunk in plan.chunks if self.scheduler.owns(chunk.sequence)))
+
     def _start(self, plan: StepPlan) -> _Step:
-        # A plan made earlier may hold sequences that have ended since.
-        plan = replace(plan, chunks=tuple(chunk for chunk in plan.chunks if self.scheduler.owns(chunk.sequence)))
         return _Step(plan, self.runner.start(plan) if plan.chunks else None)
 
     def _tell(self, step: _Step) -> list[Delta]:

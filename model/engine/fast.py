@@ -70,6 +70,7 @@ class FastRunner:
         self._hidden = torch.zeros(shape, dtype=self.store.keys.dtype, device=self.device)
         self._finite = torch.zeros(config.max_num_seqs, dtype=torch.bool, device=self.device)
         self._places: dict[Sequence, int] = {}  # whose id stands where in `_drawn`
+        self._judged: tuple[StepPlan | None, bool] = None, True  # asked for several times in a row
         self._graphs: dict[tuple[int, int], tuple[Tensor, Act, Ops]] = {}
 
     def warm(self) -> None:
@@ -80,9 +81,13 @@ class FastRunner:
 
     def can_run_ahead(self, plan: StepPlan) -> bool:
         """Whether the plan can be started before the ids of the one before it are known to the host."""
-        return not any(
-            chunk.draws and needs_host(chunk.sequence.request.sampling, _position(chunk)) for chunk in plan.chunks
-        )
+        judged, answer = self._judged
+        if judged is not plan:
+            answer = not any(
+                chunk.draws and needs_host(chunk.sequence.request.sampling, _position(chunk)) for chunk in plan.chunks
+            )
+            self._judged = plan, answer
+        return answer
 
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> Flight:
@@ -168,12 +173,15 @@ class FastRunner:
             if num > 1:
                 for at in range(0, num, self._piece):
                     pieces.append([seat, len(ids) + at, min(self._piece, num - at), chunk.start + at])
-            known = sequence.ids(chunk.start, chunk.start + num)
-            pending = num - len(known)
-            ids += known + [0] * pending
-            sources += [-1] * len(known) + [self._places[sequence] for _ in range(pending)]
-            positions += range(chunk.start, chunk.start + num)
-            slots += [sequence.blocks[at // size] * size + at % size for at in range(chunk.start, chunk.start + num)]
+            known, blocks = sequence.ids(chunk.start, chunk.start + num), sequence.blocks
+            ids += known
+            sources += [-1] * len(known)
+            if len(known) < num:
+                ids.append(0)
+                sources.append(self._places[sequence])
+            span = range(chunk.start, chunk.start + num)
+            positions += span
+            slots += [blocks[at // size] * size + at % size for at in span]
             seats += [seat] * num
             if chunk.draws:
                 wanted.append(len(ids) - 1)

@@ -119,7 +119,9 @@ class Scheduler:
         """
         self._admit()
         chunks: list[Chunk] = []
-        line = deque(sequence for sequence in self._running if not self._at_its_end(sequence))
+        line = deque(
+            sequence for sequence in self._running if not (sequence.num_pending and self._at_its_end(sequence))
+        )
         num_left = self._config.max_batch_tokens
         num_set_aside = sum(sequence.gap == 1 for sequence in line)
         while line:
@@ -174,8 +176,8 @@ class Scheduler:
         return self._by_id.get(sequence.id) is sequence
 
     def _at_its_end(self, sequence: Sequence) -> bool:
-        """It will end when its pending id is committed, so there is nothing more to compute."""
-        return sequence.at_its_end or (sequence.num_pending > 0 and self._misfit(sequence) is not None)
+        """It has a pending id, and will end when that is committed: there is nothing more to compute."""
+        return sequence.at_its_end or self._num_blocks(sequence.num_total) > self.pool.num_blocks
 
     def _admit(self) -> None:
         """Seat waiting sequences, best rank first, as long as this step has tokens for them and the cache has blocks

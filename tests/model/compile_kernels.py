@@ -16,13 +16,22 @@ from model.nn.kernels.rows import add_rms_norm, finish_heads, silu_gate
 
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 BF16, F32, I64, I32, SCALE, COUNT = "*bf16", "*fp32", "*i64", "*i32", "fp32", "i32"
-ATTENTION = {"WINDOW": 0, "SPAN": 256, "BLOCK": 16, "TILE": 64, "PRECISION": "tf32"}
+ATTENTION = {"SPAN": 256, "BLOCK": 16, "TILE": 64, "PRECISION": "tf32"}
 CACHE = {"keys": BF16, "values": BF16, "tables": I32, "head_stride": COUNT, "table_width": COUNT, "scale": SCALE}
 
 
-def attention_kernels(dim: int, shared: int, stages: int) -> list[tuple[Any, dict[str, str], dict[str, Any], Any]]:
+def attention_kernels(
+    dim: int, shared: int, stages: int, window: int = 0
+) -> list[tuple[Any, dict[str, str], dict[str, Any], Any]]:
     """Kernels, types of arguments, constants and options for one head size."""
-    sizes = {"NUM_KV_HEADS": 8, "SHARED": shared, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), **ATTENTION}
+    sizes = {
+        "NUM_KV_HEADS": 8,
+        "SHARED": shared,
+        "DIM": dim,
+        "DIM_PAD": triton.next_power_of_2(dim),
+        "WINDOW": window,
+        **ATTENTION,
+    }
     parts = {"sums": F32, "peaks": F32, "totals": F32, "positions": I64}
     rows = {"qkv": BF16, "queries": BF16, "slots": I64, "cos": BF16, "sin": BF16, "q_weight": BF16, "k_weight": BF16}
     one = {"queries": BF16, "seats": I64, **CACHE, **parts}
@@ -55,7 +64,12 @@ def row_kernels() -> list[tuple[Any, dict[str, str], dict[str, Any], Any]]:
 
 
 def main() -> None:
-    jobs = [*row_kernels(), *attention_kernels(128, 4, 3), *attention_kernels(64, 8, 3), *attention_kernels(256, 4, 1)]
+    jobs = [
+        *row_kernels(),
+        *attention_kernels(128, 4, 3),
+        *attention_kernels(80, 8, 3, 1000),
+        *attention_kernels(256, 4, 1),
+    ]
     for capability in map(int, sys.argv[1:]):
         for kernel, types, constants, options in jobs:
             signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
