@@ -1,7 +1,9 @@
 # One image that serves the bundled model on port 8000, or any folder mounted and named:
 #   docker build -t millrace .
-#   docker run --rm -p 8000:8000 millrace
-#   docker run --rm -p 8000:8000 -v /path/to/model:/model:ro millrace --model /model
+#   docker run --rm -p 127.0.0.1:8000:8000 millrace --insecure-no-auth
+#   docker run --rm -p 127.0.0.1:8000:8000 -v /path/to/model:/model:ro millrace --insecure-no-auth --model /model
+# For others than this machine, with keys (`millrace keys add NAME --file keys.json` makes them; user 10001 must read it):
+#   docker run --rm -p 8000:8000 -v ./keys.json:/keys.json:ro millrace --api-keys-file /keys.json
 # For an NVIDIA GPU, build with --build-arg TORCH_INDEX_URL= (the ordinary index carries the CUDA build).
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim
 FROM ${PYTHON_IMAGE} AS build

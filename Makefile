@@ -13,7 +13,7 @@ KILLS  ?=
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test redis chaos bench bench-streams bench-commit load clean
+.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu load clients fuzz clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
@@ -23,7 +23,11 @@ help:
 	@echo "make bench   tokens/s of the bare engine against HTTP streaming, at 1, 8 and 32 streams"
 	@echo "make bench-streams  a thousand streams of a toy engine over Redis: latency, CPU, memory of each process"
 	@echo "make bench-commit   how long Redis takes for one step of 64 requests"
+	@echo "make bench-events   events/s of the HTTP half alone, beside sse-starlette and a bare ASGI loop"
+	@echo "make bench-gpu      the engine on a GPU, with nothing installed but torch, triton, transformers (PYTHON=python3)"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
+	@echo "make fuzz    50,000 requests from /openapi.json, spoilt HTTP and silent sockets against a server of its own"
+	@echo "make clients other people's clients, each in its own environment, against a server: a table of what passed"
 	@echo "make clean   remove the virtual environment and caches"
 
 $(VENV)/serve.stamp: pyproject.toml constraints.txt deploy/setup.sh
@@ -58,12 +62,22 @@ bench-streams: $(VENV)/dev.stamp
 bench-commit: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.commit $(ARGS)
 
+bench-events: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.bench_events $(ARGS)
+
+# With the Python that has torch for CUDA, triton, transformers and safetensors: PYTHON=
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) -m loadtests.bench_gpu $(ARGS)
+
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)
 
-clean:
-	rm -rf "$(VENV)" .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+fuzz: $(VENV)/dev.stamp
+	$(RUN)python -W ignore -m loadtests.fuzz $(ARGS)
 
-.PHONY: bench-gpu
-bench-gpu:  # with the Python that has torch for CUDA, triton, transformers and safetensors: PYTHON=
-	PYTHONPATH=. $(PYTHON) -m loadtests.bench_gpu $(ARGS)
+# Installs gigabytes into .clients; ARGS picks some of them by name.
+clients: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.clients $(ARGS)
+
+clean:
+	rm -rf "$(VENV)" .clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

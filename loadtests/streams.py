@@ -117,7 +117,7 @@ class Reader(asyncio.Protocol):
     def __init__(self, seed: int, num_tokens: int, lag: "Lag", done: "asyncio.Future[None]") -> None:
         body = {"prompt": "Once", "seed": seed, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
         payload = json.dumps(body).encode()
-        self._request = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        self._request = b"POST /generate HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         self._request += b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(payload), payload)
         self._lag, self._done, self._rest = lag, done, b""
         self.tokens: list[tuple[int, int, float, float]] = []  # index, id, when, how late the reader was
@@ -195,7 +195,7 @@ async def storm(port: int, readers: list[Reader]) -> float:
 async def running(port: int) -> float:
     """Sequences that a worker holds or that wait, as the api's metrics say."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    writer.write(b"GET /metrics HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
     text = (await reader.read()).decode()
     writer.close()
     return sum(map(float, re.findall(r"^millrace_requests_(?:running|waiting) (.*)$", text, re.MULTILINE)))
@@ -234,7 +234,7 @@ def _wait_for(port: int) -> None:
         with socket.socket() as probe:
             probe.settimeout(1)
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                probe.sendall(b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                probe.sendall(b"GET /ready HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
                 if b" 200" in probe.recv(64):
                     return
         time.sleep(0.05)

@@ -7,6 +7,7 @@ seconds, wall-clock ones since the epoch.
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 
 class FinishReason(StrEnum):
@@ -52,17 +53,28 @@ class TextOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole output must match. `text` is a JSON schema, a regular expression or a grammar in Lark's words; of
+    `json_object`, which is any JSON object, it is empty. `model/grammar.py` says what is taken."""
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to generate. A client's request with several choices is a group of these, `<group>.<i>`.
+    """One sequence to generate. A client's request with several choices is a group of these, `<group>.<i>`; of several
+    prompts, those of the first prompt come first, and each prompt has as many.
 
     `orphan_s`: it is cancelled when nobody has followed it for so long; None = it needs no reader. `queue_deadline_s`
-    counts until the first claim only.
+    counts until the first claim only. `about` is for whoever writes the answer, and nobody else's business.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     text: TextOptions = field(default_factory=TextOptions)
+    grammar: Grammar | None = None
     model: str = ""
     tenant: str = "default"
     priority: int = 0  # below 0: ahead of the others, until those have waited long
@@ -71,6 +83,10 @@ class Request:
     queue_deadline_s: float | None = None  # wall clock
     orphan_s: float | None = None
     num_choices: int = 1
+    num_prompts: int = 1
+    about: str = ""
+    request_id: str = ""  # of the HTTP request that brought it, for the logs
+    traceparent: str = ""  # W3C Trace Context; "" = none
 
     @property
     def group(self) -> str:
@@ -98,13 +114,15 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to one request: ids from output position `start` on, and `finish` if it ended with them."""
+    """What one step added to one request: ids from output position `start` on, and `finish` if it ended with them. One
+    with neither says how far its prompt has come: `num_computed` tokens of it."""
 
     id: str
     start: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()  # as many as token_ids, or none
     finish: Finish | None = None
+    num_computed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ _OTHER_DECODERS = {"Sequence", "Fuse", "Replace", "Strip", "ByteFallback", "Meta
 
 
 class Tokenizer:
-    """Safe to share between threads. Ids below `vocab_size` can be decoded; others decode to nothing.
+    """Safe to share between threads. Ids below `vocab_size` can be decoded; others decode to nothing. `control_ids` are
+    those of control tokens, which have a name and no text.
 
     `bos_id` and `eos_id` are what tokenizer_config.json names, None where it names none.
     """
@@ -55,7 +56,7 @@ class Tokenizer:
         self.eos_id = _token_id(backend, self._named.get("eos_token"))
 
         added = dict(sorted(backend.get_added_tokens_decoder().items()))
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.control_ids = self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self._pieces = _Pieces(backend)
         self.vocab_size = self._pieces.vocab_size
         self._templates = ChatTemplates({"default": template} if template is not None else templates_of(config))

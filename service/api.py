@@ -23,9 +23,10 @@ from model.tokenizer import Tokenizer
 from service.broker.redis import Link
 from service.broker.redis_requests import RedisRequests
 from service.child import command
-from service.door import Door, bind, served
+from service.door import Door, served
 from service.errors import Unavailable
 from service.keeper import REFUSED
+from service.listen import bind
 from service.logs import configure
 from service.lookout import NO_WORKER, Lookout
 from service.settings import BUNDLED, Settings, shown_url
@@ -62,10 +63,12 @@ class Api:
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         assert settings.redis_url is not None
         self._settings, self._url = settings, settings.redis_url.get_secret_value()
-        self._door = Door(listener, self._why_not, self._why_refuse, self._facts)
+        self._door = Door(settings, listener, self._why_not, self._why_refuse, self._facts)
         self._link = Link(self._url)
+        keyring = self._door.rules.keyring
+        weights = None if keyring is None else keyring.weights
         self._requests = RedisRequests(
-            self._link, self._queue, settings.max_waiting, settings.max_waiting_tokens, settings.keep_s
+            self._link, self._queue, settings.max_waiting, settings.max_waiting_tokens, settings.keep_s, weights
         )
         self._lookout = Lookout(Fingerprint("", None), settings.dtype)
         self._answered_s: float | None = None  # when a look was answered, for the last time
@@ -142,9 +145,12 @@ class Api:
         self._door.backend.loaded(model, self._requests)
 
     async def _start_worker(self) -> Child:
-        """With our settings. Of its own session: Ctrl-C at a terminal is for us, and we tell it."""
+        """With our settings, but for the port of its metrics, which is the one after ours. Of its own session: Ctrl-C
+        at a terminal is for us, and we tell it."""
+        port = self._settings.metrics_port
+        own = self._settings if not port else self._settings.model_copy(update={"metrics_port": port + 1})
         return await asyncio.create_subprocess_exec(
-            *command("worker", "--parent", str(os.getpid())), env=self._settings.environment(), start_new_session=True
+            *command("worker", "--parent", str(os.getpid())), env=own.environment(), start_new_session=True
         )
 
     async def _invite(self, worker: Child | None) -> None:

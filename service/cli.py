@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from model.chat_template import ChatTemplateError
 from model.config import CheckpointError, EngineConfigError
@@ -24,6 +25,7 @@ EPILOG = """examples:
   millrace serve --model path/to/folder --port 9000
   millrace generate "Once upon a time"
   millrace chat                                    talk to the server on http://127.0.0.1:8000
+  millrace keys add ada --file keys.json           a key, for: millrace serve --api-keys-file keys.json
   millrace train --data stories.txt --out my-model
 in parts, any number of each, that meet in a Redis:
   millrace api --redis-url redis://localhost       HTTP, without a GPU or the weights
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _generate_arguments(commands.add_parser("generate", help="write a text to the terminal"))
     _chat_arguments(commands.add_parser("chat", help="talk to a running server"))
     _train_arguments(commands.add_parser("train", help="train a model from text"))
+    _keys_arguments(commands.add_parser("keys", help="make keys for clients"))
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -89,6 +92,8 @@ def _redis_option(parser: argparse.ArgumentParser) -> None:
 def _process_options(parser: argparse.ArgumentParser) -> None:
     _redis_option(parser)
     parser.add_argument("--drain-s", type=float, metavar="S", help="on SIGTERM, seconds for running requests to end")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="a port of its own for /metrics")
+    parser.add_argument("--metrics-host", metavar="HOST", help="where it listens; default: this machine only")
     parser.add_argument("--log-json", action="store_const", const=True, help="log lines as JSON")
 
 
@@ -96,6 +101,18 @@ def _door_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-name", help="the name clients use (default: the folder's)")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--api-keys-file", type=Path, metavar="FILE", help="who may ask; see: millrace keys add --help")
+    parser.add_argument(
+        "--insecure-no-auth", action="store_const", const=True, help="listen beyond this machine without keys"
+    )
+    parser.add_argument("--allowed-hosts", metavar="NAMES", help="Host headers that are answered, with commas between")
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="https://... of a page elsewhere that may ask; repeat it",
+    )
+    parser.add_argument("--max-connections", type=int, metavar="N", help="connections at a time, idle ones included")
     parser.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait before new ones get 429")
     parser.add_argument("--keep-s", type=float, metavar="S", help="seconds that an ended request can be read again")
     parser.add_argument("--orphan-s", type=float, metavar="S", help="seconds that a resumable one runs with no reader")
@@ -187,6 +204,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--api-key", metavar="KEY", help="for a server that asks for one")
     parser.add_argument(
         "--model", help="the folder whose chat template and tokenizer to use (default: the bundled one)"
     )
@@ -197,6 +215,24 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
     parser.set_defaults(run=_lazily("service.terminal", "train"))
+
+
+def _keys_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="action")
+    add = actions.add_parser("add", help="make a key, or one more for a name that has one, and print it")
+    add.add_argument("name", metavar="NAME", help="whose it is: the name in the queue's fair shares")
+    add.add_argument("--file", type=Path, required=True, help="the file given to a server as --api-keys-file")
+    add.add_argument("--weight", type=float, help="share of the queue, against 1 of others")
+    for limit in ("max-concurrent", "requests-per-minute", "tokens-per-minute"):
+        add.add_argument(f"--{limit}", type=int, metavar="N", help="for all keys of the name together; default: none")
+    parser.set_defaults(run=_add_key)
+
+
+def _add_key(args: argparse.Namespace) -> None:
+    limits = {name: getattr(args, name) for name in ("max_concurrent", "requests_per_minute", "tokens_per_minute")}
+    print(import_module("service.keys").add_key(args.file, args.name, weight=args.weight, **limits))
+    told = f"a key of {args.name}, shown only now: {args.file} holds its hash. A running server looks after a SIGHUP"
+    print(told, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,29 +4,38 @@ A part of the composition root, shared by the commands that listen. It knows nei
 """
 
 import asyncio
-import errno
 import gc
+import ipaddress
+import logging
+import resource
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
-
-import uvicorn
 
 from model.families.registry import read_config, read_generation_defaults
 from model.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.http.app import create_app
+from service.http.backend import Backend
+from service.http.gate import Rules
 from service.http.intake import Served
-from service.http.routes import Backend
+from service.http.routes import exposition
+from service.keys import Keyring
+from service.listen import Server
 from service.metrics import Metrics
+from service.scrape import scraped
 from service.settings import BUNDLED, Settings
 
 LAST_BYTES_S = 5  # for connections to take what was written to them
+OTHER_FILES = 128  # that a process may have open beside its connections
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 STOPPING = "the server is shutting down"
+
+logger = logging.getLogger(__name__)
 
 
 def spare_the_collector() -> None:
@@ -37,20 +46,33 @@ def spare_the_collector() -> None:
     gc.set_threshold(50_000, 50, 50)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """The listening socket, before anything slow: a used port is told at once. Raises `StartupError`."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
+def rules(settings: Settings) -> Rules:
+    """Who may come in. Without keys that is this machine. Raises `StartupError`."""
+    host, file = settings.host, settings.api_keys_file
+    if file is None and not _is_loopback(host) and not settings.insecure_no_auth:
+        fix = "give --api-keys-file (see: millrace keys add --help), or --insecure-no-auth if others see to that"
+        raise StartupError(f"--host {host} would let anybody in, for there are no keys: {fix}")
+    hosts = settings.allowed_hosts
+    if not hosts and _is_loopback(host):
+        hosts = (*LOOPBACK, f"[{host}]" if ":" in host else host)
+    return Rules(hosts, settings.cors_origin, None if file is None else Keyring(file))
+
+
+def _is_loopback(host: str) -> bool:
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            fix = f"stop what listens there (see: lsof -i :{port}) or use another: --port {port + 1}"
-            raise StartupError(f"port {port} of {host} is in use; {fix}") from error
-        raise StartupError(f"can't listen on {host}:{port}: {error.strerror}; choose --host and --port") from error
-    return listener
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _make_room(num_connections: int) -> None:
+    """Files that may be open: many systems start a process with 1024, which connections alone would use up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 def served(settings: Settings, tokenizer: Tokenizer, max_model_len: int) -> Served:
@@ -70,25 +92,13 @@ def served(settings: Settings, tokenizer: Tokenizer, max_model_len: int) -> Serv
     )
 
 
-class Server(uvicorn.Server):
-    """uvicorn without its own signal handling: it would cut streams and end by the signal instead of with 0."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    def close_port(self) -> None:
-        """Take no new connections; those that are open go on."""
-        for server in self.servers:
-            server.close()
-
-
 class Door:
-    """A backend, and the server before it. `watch`, `refuse` and `facts` are the backend's; once `stopping` is set,
-    they are not asked any more. `hurried` is set by a second signal: wait for nothing."""
+    """A backend, and the server before it, as the settings have it. `watch`, `refuse` and `facts` are the backend's;
+    once `stopping` is set, they are not asked any more. `hurried` is set by a second signal: wait for nothing."""
 
     def __init__(
         self,
+        settings: Settings,
         listener: socket.socket,
         watch: Callable[[], str | None],
         refuse: Callable[[], str | None] | None = None,
@@ -100,36 +110,31 @@ class Door:
         self.stopping, self.hurried = asyncio.Event(), asyncio.Event()
         self.metrics = Metrics(version("millrace"))
         self.backend = Backend(unless_stopping(watch), unless_stopping(refuse or watch), facts)
-        self._listener = listener
+        self.rules, self._listener = rules(settings), listener
+        _make_room(settings.max_connections)
         self._host, self._port = listener.getsockname()[:2]
-        self._server = Server(
-            uvicorn.Config(
-                create_app(self.backend, self.metrics, version("millrace")),
-                log_config=None,
-                log_level="warning",  # its comings and goings say nothing that our lines don't
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                timeout_graceful_shutdown=LAST_BYTES_S,
-            )
-        )
+        app = create_app(self.backend, self.metrics, version("millrace"), self.rules)
+        self._server, self._settings = Server(app, settings.max_connections, LAST_BYTES_S), settings
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[asyncio.Task[None]]:
         """Answer, with 503 until the backend is loaded. On the way out what was written still gets to its readers. The
         task ends earlier only if the server breaks."""
-        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
-        try:
-            yield serving
-        finally:
-            self._server.should_exit = True
-            await serving
+        async with scraped(self._settings, lambda: exposition(self.backend, self.metrics)):
+            serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+            try:
+                yield serving
+            finally:
+                self._server.should_exit = True
+                await serving
 
     def heed_signals(self) -> None:
         """All is loaded. From now on SIGTERM and SIGINT set `stopping`, and then `hurried`."""
         spare_the_collector()
         for name in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(name, self._on_signal)
+        if self.rules.keyring is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload, self.rules.keyring)
 
     async def until_told(self, *others: "asyncio.Task[Any]") -> None:
         """Until `stopping` is set or one of the tasks has ended. From then on the port is closed and every new request
@@ -150,7 +155,15 @@ class Door:
         host = "127.0.0.1" if self._host in ("0.0.0.0", "::") else self._host
         url = f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
         body = '{"prompt": "Once upon a time", "stream": true}'
-        return f"url     {url}   try: curl -N {url}/generate -H 'content-type: application/json' -d '{body}'"
+        key = " -H 'authorization: Bearer '$KEY" if self.rules.keyring is not None else ""
+        return f"url     {url}   try: curl -N {url}/generate{key} -H 'content-type: application/json' -d '{body}'"
+
+    @staticmethod
+    def _reload(keyring: Keyring) -> None:
+        try:
+            logger.info("the keys of %d tenants are read", keyring.reload())
+        except StartupError as error:
+            logger.error("the keys are what they were: %s", error)
 
     def _on_signal(self) -> None:
         if self.stopping.is_set():

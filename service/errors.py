@@ -64,6 +64,16 @@ class Overloaded(MillraceError):
         super().__init__(f"the queue is full with {num_waiting} requests waiting; try again in {retry_after_s} s")
 
 
+class RateLimited(MillraceError):
+    """A key's own limit. `retry_after_s` is when there is room again."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, limit: str, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"the limit of this key is {limit}; try again in {retry_after_s} s")
+
+
 class Unavailable(MillraceError):
     """Nothing can be served now: loading, draining, or the queue can't be reached."""
 
@@ -72,6 +82,18 @@ class Unavailable(MillraceError):
     def __init__(self, why: str, retry_after_s: int = 5) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(why)
+
+
+class TimedOut(MillraceError):
+    """The request's time was up before its end; where an API has no other way to say so."""
+
+    code = "timeout"
+
+
+class Cancelled(MillraceError):
+    """Somebody cancelled the request by its id; where an API has no other way to say so."""
+
+    code = "cancelled"
 
 
 class Handover(MillraceError):

@@ -14,7 +14,8 @@ import uvloop
 from model.engine.engine import EngineStats
 from model.request import Finish, FinishReason
 from service.broker.memory import MemoryBroker
-from service.door import STOPPING, Door, bind, served
+from service.door import STOPPING, Door, served
+from service.listen import bind
 from service.logs import configure
 from service.settings import Settings
 from service.work import described, load_engine, use_cores, wound_up
@@ -39,8 +40,10 @@ class House:
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         self.settings = settings
-        self.door = Door(listener, self._why_not)
-        self.broker = MemoryBroker(settings.max_waiting, settings.max_waiting_tokens, settings.keep_s, weights=None)
+        self.door = Door(settings, listener, self._why_not)
+        keyring = self.door.rules.keyring
+        weights = None if keyring is None else keyring.weights
+        self.broker = MemoryBroker(settings.max_waiting, settings.max_waiting_tokens, settings.keep_s, weights)
         self.worker: Worker[EngineStats] | None = None
 
     async def live(self) -> bool:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "MILLRACE_"
 BUNDLED = Path(__file__).parent.parent / "model" / "bundled"
@@ -48,6 +48,15 @@ def _redis_url(secret: SecretStr) -> SecretStr:
     )
 
 
+def _split(value: object) -> object:
+    """Several values in one text, commas between."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Host = Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$")]
+Origin = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._:\[\]-]+$")]
+
+
 class Settings(BaseSettings):
     """What an operator can choose. Durations are seconds; None lets the program decide."""
 
@@ -57,6 +66,17 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    api_keys_file: Path | None = Field(None, description="who may ask; without it nobody but this machine is served")
+    insecure_no_auth: bool = Field(False, description="listen beyond this machine without keys")
+    allowed_hosts: Annotated[tuple[Host, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="Host headers that are answered; on loopback its names if absent, elsewhere any"
+    )
+    cors_origin: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="pages elsewhere that may ask, such as https://chat.example; never all"
+    )
+    max_connections: int = Field(1100, ge=1, le=100_000, description="connections at a time, idle ones included")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="a port of its own for /metrics")
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="address of that port")
     model: Path | None = Field(None, description="model folder; the bundled model if absent")
     model_name: str | None = Field(None, min_length=1, max_length=200, description="name it is served under")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
@@ -104,7 +124,7 @@ class Settings(BaseSettings):
             value = getattr(self, name)
             if value is not None:
                 text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-                shared[PREFIX + name.upper()] = text
+                shared[PREFIX + name.upper()] = ",".join(value) if isinstance(value, tuple) else text
         return shared
 
 

@@ -78,7 +78,8 @@ def chat(args: argparse.Namespace) -> None:
     while line := _ask():
         messages.append({"role": "user", "content": line})
         answer = ""
-        for text in _stream(args.url, {"prompt": tokenizer.encode_chat(messages), "max_tokens": args.max_tokens}):
+        body = {"prompt": tokenizer.encode_chat(messages), "max_tokens": args.max_tokens}
+        for text in _stream(args.url, args.api_key, body):
             answer += text
             print(text, end="", flush=True)
         print()
@@ -92,12 +93,12 @@ def _ask() -> str:
         return ""
 
 
-def _stream(url: str, body: dict[str, object]) -> Iterator[str]:
+def _stream(url: str, key: str | None, body: dict[str, object]) -> Iterator[str]:
     """Texts of a streamed answer. Raises `Unavailable` in words when the server can't be reached or refuses."""
     parts = urlsplit(url)
     connection = HTTPConnection(parts.hostname or "127.0.0.1", parts.port or 80)
     try:
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
         connection.request("POST", "/generate", json.dumps({**body, "stream": True}), headers)
         response = connection.getresponse()
         if response.status != 200:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,8 +28,10 @@ from service.broker.redis import PROTOCOL, Link, WorkerInfo
 from service.broker.redis_work import RedisWork
 from service.child import KEEPER_GONE
 from service.logs import configure, fields
+from service.metrics import Metrics
+from service.scrape import scraped
 from service.settings import BUNDLED, Settings, shown_url
-from service.worker import EngineFailed, Worker
+from service.worker import EngineFailed, Report, Worker
 
 ALONE_S = 2.0  # after its keeper's death: to hand its requests back, and then it ends, whatever hangs
 LOOK_S = 1.0  # between two looks at the engine's progress
@@ -92,7 +95,14 @@ async def _live(settings: Settings, name: str, up: int) -> int:
         engine = await asyncio.to_thread(load_engine, settings)
         info = await asyncio.to_thread(_announcement, settings.model or BUNDLED, engine)
         queue = RedisWork(link, name, info, settings.lease_s)
+        metrics = Metrics(version("millrace"))
         stopping, alone = asyncio.Event(), asyncio.Event()
+
+        def observe(report: Report[EngineStats]) -> None:
+            metrics.on_step(report.stats, report.step_s)
+
+        async def exposition() -> bytes:
+            return metrics.exposition()
 
         def orphaned() -> None:
             alone.set()
@@ -105,10 +115,11 @@ async def _live(settings: Settings, name: str, up: int) -> int:
         asyncio.get_running_loop().add_signal_handler(KEEPER_GONE, orphaned)
         await queue.open()
         try:
-            sys.stdout.write(f"{described(engine, settings)}\nworker  {name}   queue: {shown_url(url)}\n")
-            sys.stdout.flush()
-            os.write(up, b"1")
-            return await _compute(Worker(queue, engine), link, settings, stopping, alone)
+            async with scraped(settings, exposition):
+                sys.stdout.write(f"{described(engine, settings)}\nworker  {name}   queue: {shown_url(url)}\n")
+                sys.stdout.flush()
+                os.write(up, b"1")
+                return await _compute(Worker(queue, engine, observe), link, settings, stopping, alone)
         finally:
             await queue.close()
             logger.info("worker %s ended", name, extra=_account(engine.stats(), queue))

@@ -73,7 +73,8 @@ class Worker(Generic[Stats]):
         self._broker, self._engine, self._observe, self._clock = broker, engine, observe, clock
         self._inbox: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
         self._reports: asyncio.Queue[Report[Stats] | Exception | None] = asyncio.Queue()
-        self._committed = threading.Semaphore(1)  # a step may be handed up
+        self._committed: queue.SimpleQueue[None] = queue.SimpleQueue()  # leave to hand up a step
+        self._committed.put(None)
         self._held: dict[str, int] = {}  # the number of its job
         self._room = engine.room()
         self._num_jobs = 0  # put into the inbox
@@ -115,7 +116,7 @@ class Worker(Generic[Stats]):
         finally:
             self._claims.cancel()
             self._inbox.put(None)
-            self._committed.release()  # the thread may be waiting for a commit that will not come
+            self._committed.put(None)  # the thread may be waiting for a commit that will not come
             self._stopped.set()
             self._reported.set()
 
@@ -167,7 +168,7 @@ class Worker(Generic[Stats]):
     async def _commit(self, report: Report[Stats]) -> None:
         """Commit a step, follow the verdicts, and let the thread go on."""
         self._observe(report)
-        step = [delta for delta in report.deltas if self._holds(delta, report.num_jobs)]
+        step = self._current(report)
         verdicts = await self._broker.commit(step)
         for delta in step:
             if delta.finish is not None:
@@ -177,13 +178,14 @@ class Worker(Generic[Stats]):
             self._inbox.put(id)
         self._room, self._num_jobs_in = report.room, report.num_jobs
         self._progress_s = self._clock()
-        self._committed.release()
+        self._committed.put(None)
         self._reported.set()
         self._reported.clear()
 
-    def _holds(self, delta: Delta, num_jobs: int) -> bool:
-        job = self._held.get(delta.id)
-        return job is not None and job <= num_jobs
+    def _current(self, report: Report[Stats]) -> list[Delta]:
+        """The deltas of what is held, but for those from before it was claimed again."""
+        held, num_jobs = self._held, report.num_jobs
+        return [delta for delta in report.deltas if delta.id in held and held[delta.id] <= num_jobs]
 
     async def _fail(self, error: Exception) -> None:
         logger.error("the engine failed with %d requests in it", len(self._held), exc_info=error)
@@ -209,7 +211,7 @@ class Worker(Generic[Stats]):
                 began_s = time.perf_counter()
                 deltas = engine.step()
                 step_s = time.perf_counter() - began_s
-                self._committed.acquire()
+                self._committed.get()
                 post(Report(deltas, step_s, engine.stats(), engine.room(), num_jobs))
             post(None)
         except Exception as error:

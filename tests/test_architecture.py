@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-HALL = ("model.request", "model.config", "model.chat_template", "model.tokenizer", "model.assemble")
+GRAMMAR = ("model.grammar", "model.grammar_check")
+HALL = ("model.request", "model.config", "model.chat_template", "model.tokenizer", "model.assemble", *GRAMMAR)
 COMMON = ("service.settings", "service.errors", "service.metrics", "service.logs", "model.request")
 ENGINE = ("model.cache", "model.nn", "model.sampling", "model.weights", "model.engine", "model.families")
 
@@ -23,6 +24,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.chat_template": ("model.config",),
     "model.tokenizer": ("model.config", "model.chat_template"),
     "model.assemble": ("model.request", "model.tokenizer"),
+    "model.grammar": ("model.request",),
+    "model.grammar_check": ("model.request", "model.grammar"),
     "model.fingerprint": (),
     "model.families": ("model.config",),
     "model.nn": ("model.config", "model.cache.store"),
@@ -35,14 +38,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.settings": ("model.request",),
     "service.errors": ("model.request",),
     "service.metrics": ("model.request", "service.settings", "service.errors"),
+    "service.keys": ("service.errors",),
     "service.logs": ("model.request", "service.settings", "service.errors"),
     "service.broker": COMMON,
-    "service.http": (*COMMON, "service.broker.base", *HALL),
+    "service.http": (*COMMON, "service.keys", "service.broker.base", *HALL),
     "service.worker": (*COMMON, "service.broker.base", *HALL, "model.engine.engine"),
     "service.cli": ("model", "service"),
     "service.serve": ("model", "service"),
     "service.api": ("model", "service"),
     "service.door": ("model", "service"),
+    "service.scrape": ("service.listen", "service.settings"),
+    "service.listen": ("service.errors", "service.http.protocol"),
     "service.work": ("model", "service"),
     "service.keeper": (*COMMON, "service.broker.redis", "service.child"),
     "service.child": (),

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from loadtests.client import Stream, stream
-from service.door import bind
+from service.listen import bind
 from service.serve import House
 from service.settings import Settings
 from tests.model.conftest import TINY, random_decoder, save_folder
@@ -48,17 +48,17 @@ class Served:
         return {name: float(value) for name, value in pairs}
 
 
-def start(*flags: str) -> subprocess.Popen[str]:
+def start(*flags: str, log: int = subprocess.PIPE) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::ResourceWarning"}
     command = [*COMMAND, "serve", *flags]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment)
 
 
 @contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[Served]:
-    """A server on a free port, killed at the end if it has not stopped by then."""
-    process = start("--model", str(folder), "--port", "0", *flags)
+def serving(folder: Path, *flags: str, log: int = subprocess.PIPE) -> Iterator[Served]:
+    """A server on a free port, killed at the end if it has not stopped by then. `log` is a file descriptor: a pipe that
+    nobody reads is full after some hundred requests."""
+    process = start("--model", str(folder), "--port", "0", *flags, log=log)
     assert process.stdout is not None
     try:
         banner = tuple(process.stdout.readline().rstrip("\n") for _ in range(4))

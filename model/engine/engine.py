@@ -22,15 +22,18 @@ from model.assemble import Assembler
 from model.config import EngineConfig
 from model.engine.paths import StepRunner, make_runner
 from model.engine.runner import Computed
-from model.engine.scheduler import Outcome, Scheduler, StepPlan
+from model.engine.scheduler import Chunk, Outcome, Scheduler, StepPlan
 from model.engine.sequence import Sequence
 from model.engine.sizing import choose_device, choose_dtype, size_engine
 from model.families.registry import read_config
+from model.grammar import Grammars
 from model.nn.decoder import Decoder, as_dtype
 from model.request import Delta, Finish, FinishReason, Request, TokenLogprob
 from model.tokenizer import Tokenizer
 from model.weights import load_decoder
 
+LENGTH = Finish(FinishReason.LENGTH)
+LOOK_S = 0.05  # between two looks for something to do
 NOT_FINITE = Finish(FinishReason.ERROR, error="the network produced a number that is not finite")
 
 
@@ -70,6 +73,9 @@ class Engine:
         self._flying: _Step | None = None  # started, while the one before it is told
         self._planned: StepPlan | None = None  # to be started once the one before it is told
         self._assemblers: dict[str, Assembler] = {}  # of requests with stop strings only
+        shape, control = decoder.config, tokenizer.control_ids.union(decoder.config.eos_ids)
+        self._grammars = Grammars(tokenizer.token_bytes, tokenizer.vocab_size, control, shape.vocab_size)
+        self._unmatched: dict[str, Sequence] = {}  # their matchers are being made
         self._ended: list[Delta] = []  # complete when they were added; told by the next step
         self._steps = self._prompt_tokens = self._output_tokens = self._last_rows = 0
 
@@ -116,28 +122,39 @@ class Engine:
                 self._ended.append(Delta(request.id, len(so_far), finish=finish))
                 return
             self._assemblers[request.id] = assembler
-        self.scheduler.add(Sequence(request, self.config.max_model_len, list(so_far)))
+        sequence = Sequence(request, self.config.max_model_len, list(so_far))
+        if request.grammar is None or sequence.end() not in (None, LENGTH):
+            self.scheduler.add(sequence)
+        else:
+            self._unmatched[request.id] = sequence
+            self._grammars.begin(request.id, request.grammar, request.sampling.stop_token_ids, so_far)
 
     def cancel(self, id: str) -> None:
         """Forget a request, waiting or running; its blocks are free on return. An unknown id is no error."""
         self.scheduler.finish(id)
         self._assemblers.pop(id, None)
+        if self._unmatched.pop(id, None):
+            self._grammars.forget(id)
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.scheduler.has_work or bool(self._ended or self._flying or self._planned)
+        return self.scheduler.has_work or bool(self._ended or self._unmatched or self._flying or self._planned)
 
     def room(self) -> int:
         """How many more requests are welcome: the seats, and a few to take the place of those that end."""
         spare = max(1, self.config.max_num_seqs // 8)
-        return max(0, self.config.max_num_seqs + spare - self.scheduler.num_running - self.scheduler.num_waiting)
+        num_here = self.scheduler.num_running + self.scheduler.num_waiting + len(self._unmatched)
+        return max(0, self.config.max_num_seqs + spare - num_here)
 
     def step(self) -> list[Delta]:
-        """Compute one step: at most one new id for each running request, and whoever ended.
+        """Compute one step: at most one new id for each running request, who ended, and of a prompt that takes several
+        steps how far it has come.
 
         A device that can run ahead is given the next step before this one's ids are looked at, so that it never waits
         for the host. Whoever turns out to have ended by then is computed once more, in vain.
         """
+        if self._unmatched:
+            self._take_matchers()
         step = self._flying or self._start(self._alive(self._planned) or self.scheduler.plan())
         self._flying = self._planned = None
         if step.flight is not None and self.runner.can_run_ahead(step.plan):
@@ -158,15 +175,20 @@ class Engine:
     def _start(self, plan: StepPlan) -> _Step:
         return _Step(plan, self.runner.start(plan) if plan.chunks else None)
 
+    def _is_reading(self, chunk: Chunk) -> bool:
+        return not chunk.draws and self.scheduler.owns(chunk.sequence)
+
     def _tell(self, step: _Step) -> list[Delta]:
         done = Computed() if step.flight is None else self.runner.collect(step.flight)
         deltas, self._ended = self._ended, []
         for sequence in done.failed:
             if self.scheduler.owns(sequence):
                 self.cancel(sequence.id)
-                deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=NOT_FINITE))
+                finish = (sequence.matcher and sequence.matcher.finish) or NOT_FINITE
+                deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=finish))
         for outcome in self.scheduler.commit(step.plan, done.token_ids):
             deltas.append(self._delta(outcome, done.logprobs.get(outcome.sequence.id)))
+        deltas += [_progress(chunk.sequence) for chunk in step.plan.chunks if self._is_reading(chunk)]
         self._count(step.plan, sum(len(delta.token_ids) for delta in deltas))
         return deltas
 
@@ -174,7 +196,7 @@ class Engine:
         """A snapshot, cheap enough for every step."""
         pool = self.scheduler.pool
         return EngineStats(
-            self.scheduler.num_waiting,
+            self.scheduler.num_waiting + len(self._unmatched),
             self.scheduler.num_running,
             pool.num_blocks,
             pool.num_free,
@@ -184,6 +206,18 @@ class Engine:
             self._output_tokens,
             self._last_rows,
         )
+
+    def _take_matchers(self) -> None:
+        """Schedule those whose matchers have been made; without other work, wait a little for them."""
+        idle = not (self.scheduler.has_work or self._ended or self._flying or self._planned)
+        for id, matcher in self._grammars.take(LOOK_S if idle else 0):
+            sequence = self._unmatched.pop(id)
+            if isinstance(matcher, Finish):
+                self._assemblers.pop(id, None)
+                self._ended.append(Delta(id, len(sequence.output_ids), finish=matcher))
+            else:
+                sequence.matcher = matcher
+                self.scheduler.add(sequence)
 
     def _delta(self, outcome: Outcome, logprob: TokenLogprob | None) -> Delta:
         sequence, finish = outcome.sequence, outcome.finish
@@ -195,10 +229,22 @@ class Engine:
             if assembler.stopped is not None:
                 self.scheduler.finish(sequence.id)
                 finish = Finish(FinishReason.STOP, stop_reason=assembler.stopped)
+        if sequence.matcher is not None and finish in (None, LENGTH):
+            finish = self._matched(sequence, new) or finish
         if finish is not None:
             self._assemblers.pop(sequence.id, None)
         start = len(sequence.output_ids) - len(new)
         return Delta(sequence.id, start, new, (logprob,) if new and logprob is not None else (), finish)
+
+    def _matched(self, sequence: Sequence, new: Seq[int]) -> Finish | None:
+        """How the grammar ends the sequence: complete with the last of the tokens that there may be, it is complete."""
+        assert sequence.matcher is not None
+        for token_id in new:
+            sequence.matcher.push(token_id)
+        finish = sequence.matcher.finish
+        if finish is not None:
+            self.scheduler.finish(sequence.id)
+        return finish
 
     def _count(self, plan: StepPlan, num_drawn: int) -> None:
         self._steps += bool(plan.chunks)
@@ -206,3 +252,7 @@ class Engine:
         self._last_rows = plan.num_tokens
         for chunk in plan.chunks:
             self._prompt_tokens += max(0, min(chunk.start + chunk.num_tokens, chunk.sequence.num_prompt) - chunk.start)
+
+
+def _progress(sequence: Sequence) -> Delta:
+    return Delta(sequence.id, len(sequence.output_ids), num_computed=min(sequence.num_computed, sequence.num_prompt))

@@ -83,9 +83,7 @@ class FastRunner:
         """Whether the plan can be started before the ids of the one before it are known to the host."""
         judged, answer = self._judged
         if judged is not plan:
-            answer = not any(
-                chunk.draws and needs_host(chunk.sequence.request.sampling, _position(chunk)) for chunk in plan.chunks
-            )
+            answer = not any(chunk.draws and _needs_host(chunk) for chunk in plan.chunks)
             self._judged = plan, answer
         return answer
 
@@ -267,6 +265,12 @@ def _padded(numbers: Numbers, num_rows: int, spare: int) -> Numbers:
     padding[SLOTS] = padding[SOURCES] = -1
     padding[SEATS] = spare
     return np.concatenate([numbers, padding], axis=1)
+
+
+def _needs_host(chunk: Chunk) -> bool:
+    """Whether its id can't be drawn on the device; a grammar moves on with every id, on the host."""
+    sequence = chunk.sequence
+    return sequence.matcher is not None or needs_host(sequence.request.sampling, _position(chunk))
 
 
 def _position(chunk: Chunk) -> int:

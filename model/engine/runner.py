@@ -137,4 +137,5 @@ class Runner:
 def row_of(chunk: Chunk) -> Row:
     """What the sampler wants to know of a chunk that draws."""
     sequence = chunk.sequence
-    return Row(sequence.request.sampling, sequence.request.prompt_ids, sequence.output_ids)
+    allowed = sequence.matcher.allowed() if sequence.matcher else None
+    return Row(sequence.request.sampling, sequence.request.prompt_ids, sequence.output_ids, allowed)

@@ -5,6 +5,7 @@ The scheduler owns and changes it; everyone else reads. It knows no queue and no
 
 from dataclasses import dataclass, field
 
+from model.grammar import Matcher
 from model.request import Finish, FinishReason, Request
 
 
@@ -23,6 +24,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_pending: int = 0
     arrival: int = 0  # number of sequences added before this one
+    matcher: Matcher | None = None  # of a request with a grammar: knows the output's ids
 
     @property
     def id(self) -> str:

@@ -1,7 +1,8 @@
 """Logits to ids for a mixed batch: the edits to the scores, the greedy choice, log-probabilities. `draw` draws.
 
-The order is: repetition penalty, then presence and frequency penalties and `logit_bias` (added up), then the stop ids
-that `min_tokens` still forbids, and then what `draw` does. Log-probabilities are taken before all of it.
+The order is: ids that a grammar forbids, repetition penalty, then presence and frequency penalties and `logit_bias`
+(added up), then the stop ids that `min_tokens` still forbids, and then what `draw` does. Nothing brings back what a
+grammar has forbidden. Log-probabilities are taken before all of it.
 
 A row's result depends on no other row: every operation is either exact whatever its place (one rounding for each
 element) or a kernel that handles a row by itself. It must know no cache, network or scheduler.
@@ -18,16 +19,21 @@ from model.request import SamplingParams, TokenLogprob
 from model.sampling.draw import draw, leaders, take
 from model.sampling.random import uniform
 
+_MASK_OF_BYTE = torch.tensor([[0.0 if byte >> bit & 1 else -torch.inf for bit in range(8)] for byte in range(256)])
 _MIN_LEADERS = 64  # more than any request may ask for, so that equal logits rank the same whoever else is asking
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is known of one sequence at this step. The id drawn for it has output position `len(output_ids)`."""
+    """What is known of one sequence at this step. The id drawn for it has output position `len(output_ids)`.
+
+    `allowed` has a bit for each id, the lowest first; None allows them all.
+    """
 
     params: SamplingParams
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
+    allowed: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Drawn:
 
 
 def edit(raw: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Scores [m, vocab] after penalties, biases and forbidden stop ids; `raw` itself if no row has any.
+    """Scores [m, vocab] after grammars, penalties, biases and forbidden stop ids; `raw` itself if no row has any.
 
     Repetition (prompt and output): a score above 0 is divided by the penalty, another multiplied (arXiv 1909.05858
     section 4.1, with Hugging Face's treatment of negative scores). Presence and frequency (output only): minus
@@ -73,9 +79,12 @@ def edit(raw: Tensor, rows: Sequence[Row]) -> Tensor:
     repetition = _cells(raw, [_repetition(row) for row in rows])
     shifts = _cells(raw, [_shifts(row) for row in rows])
     forbidden = _cells(raw, [_forbidden(row) for row in rows])
-    if repetition is None and shifts is None and forbidden is None:
+    masked = [i for i, row in enumerate(rows) if row.allowed is not None]
+    if repetition is None and shifts is None and forbidden is None and not masked:
         return raw
     scores = raw.clone()
+    if masked:
+        scores[masked] += _masks([rows[i].allowed or b"" for i in masked], like=raw)  # added, so that a NaN stays one
     if repetition is not None:
         at, penalties = repetition
         old = scores[at]
@@ -90,6 +99,12 @@ def edit(raw: Tensor, rows: Sequence[Row]) -> Tensor:
         nothing_left = scores.amax(-1) == -torch.inf
         scores[at] = torch.where(nothing_left[at[0]], old, scores[at])  # a row with nothing else keeps its stop ids
     return scores
+
+
+def _masks(allowed: Sequence[bytes], like: Tensor) -> Tensor:
+    """For m rows of bits, 0 where one is set and -inf elsewhere: [m, vocab], the vocabulary of `like`."""
+    packed = torch.frombuffer(bytearray(b"".join(allowed)), dtype=torch.uint8).view(len(allowed), -1)
+    return _MASK_OF_BYTE.to(like.device)[packed.to(like.device).int()].flatten(1)[:, : like.shape[-1]]
 
 
 def _repetition(row: Row) -> dict[int, float]:

@@ -74,6 +74,16 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Glance:
+    """One sequence as it is now: its whole log in one entry, terminal if it has ended. `position` is how many wait
+    before it, None if it does not wait. Of what runs, `num_computed` prompt tokens are known to be computed."""
+
+    log: Entry
+    position: int | None = None
+    num_computed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class QueueLoad:
     """What a door needs to say no early. `full`: a request submitted now would be refused."""
 
@@ -116,6 +126,11 @@ class RequestSide(Protocol):
         `RequestNotFound` where the first entry would be, and `Handover` where this process stops serving it."""
         ...
 
+    async def peek(self, id: str, tenant: str) -> Glance:
+        """One sequence, without waiting. To look is not to read: it saves no orphan. Raises `RequestNotFound` and
+        `Unavailable`."""
+        ...
+
     async def cancel(self, id: str, tenant: str) -> None:
         """End a sequence that has not ended. Unknown and ended ones are left as they are."""
         ...
@@ -133,7 +148,8 @@ class WorkerSide(Protocol):
         ...
 
     async def commit(self, step: Sequence[Delta]) -> Mapping[str, Verdict]:
-        """Append one step's deltas. The verdicts cover every request this worker holds, in the step or not."""
+        """Append one step's deltas. The verdicts cover every request this worker holds, in the step or not. How far a
+        prompt has come may be told to others a second late."""
         ...
 
     async def release(self, ids: Iterable[str]) -> None:

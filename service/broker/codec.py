@@ -11,7 +11,7 @@ from typing import Any
 
 import msgpack
 
-from model.request import Delta, Finish, FinishReason, Request, SamplingParams, TextOptions, TokenLogprob
+from model.request import Delta, Finish, FinishReason, Grammar, Request, SamplingParams, TextOptions, TokenLogprob
 from service.broker.base import Entry
 from service.errors import MillraceError
 
@@ -33,7 +33,8 @@ def decode_request(raw: bytes) -> Request:
     (body,) = _body(raw, 1)
     try:
         sampling, text = SamplingParams(**body["sampling"]), TextOptions(**body["text"])
-        return Request(**{**body, "sampling": sampling, "text": text})
+        grammar = Grammar(**body["grammar"]) if body.get("grammar") else None
+        return Request(**{**body, "sampling": sampling, "text": text, "grammar": grammar})
     except (TypeError, KeyError) as error:
         raise CodecError(f"a stored request does not fit version {VERSION}: {error}") from error
 

@@ -43,13 +43,13 @@ class Ticket:
 
 
 class FairQueue:
-    """Everything that waits. A tenant without an entry in `weights` (all above 0) has the weight 1.
+    """Everything that waits. A tenant without an entry in `weights` (all above 0) has the weight 1; read anew for each.
 
     Finding a place takes O(log n); making and closing the gap is one copy inside a list.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
-        self._weights = dict(weights or {})
+        self._weights = {} if weights is None else weights
         self._ahead, self._rest = _Class(), _Class()
         self._by_age: list[tuple[float, int]] = []  # submitted_s, arrival
         self._num_arrived = 0

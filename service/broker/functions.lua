@@ -306,17 +306,20 @@ local function lookup(keys, a) -- group, tenant
 end
 
 -- From here on the mailbox of `api` gets every entry; the reply has those that there were already: payload, queue, then
--- of each entry past `known` ids its bytes and its timings.
+-- of each entry past `known` ids its bytes and its timings; of what has ended the end at least, should the log have
+-- lost ids before it.
 local function attach(keys, a) -- rid, tenant, api, known
   begin(keys)
-  local v = call('HMGET', K .. 'r:' .. a[1], 'tn', 'p', 'st', 'orphan', 'mb', 'q')
+  local v = call('HMGET', K .. 'r:' .. a[1], 'tn', 'p', 'st', 'orphan', 'mb', 'q', 'n')
   if v[1] ~= a[2] then return {} end
   if v[3] ~= 'e' then
     add_reader(a[1], v[5], a[3])
     if v[4] ~= '' then call('ZADD', K .. 'orphan', NOW + v[4], a[1]) end
   end
-  local reply = {v[2], v[6]}
-  for _, item in ipairs(call('XRANGE', K .. 'o:' .. a[1], '(' .. (a[4] or 0) .. '-1', '+')) do
+  local reply, log = {v[2], v[6]}, K .. 'o:' .. a[1]
+  local found = call('XRANGE', log, '(' .. (a[4] or 0) .. '-1', '+')
+  if #found == 0 and v[3] == 'e' then found = call('XRANGE', log, v[7] .. '-2', '+') end
+  for _, item in ipairs(found) do
     reply[#reply + 1] = item[2][2]
     reply[#reply + 1] = item[2][4] or ''
   end
@@ -364,6 +367,26 @@ local function cancel(keys, a) -- rid, tenant
   local h = record(a[1])
   if h and h.tn == a[2] then doom(h, 'c') end
   return flush(1)
+end
+
+-- Place in the queue (-1: it does not wait), prompt tokens computed under the present claim, then the log as attach has it.
+local function peek(keys, a) -- rid, tenant
+  begin(keys)
+  local v = call('HMGET', K .. 'r:' .. a[1], 'tn', 'st', 'q', 'cl', 'lk', 'pc')
+  if v[1] ~= a[2] then return {} end
+  local reply = {-1, 0}
+  if v[2] == 'w' then
+    reply[1] = call('ZRANK', K .. 'rdy:' .. v[3] .. ':' .. v[4], a[1])
+    if v[4] == 'b' then reply[1] = reply[1] + call('ZCARD', K .. 'rdy:' .. v[3] .. ':a') end
+  elseif v[2] == 'r' and v[6] then
+    local token, num = string.match(v[6], '^(%S+) (%d+)$')
+    if token == v[5] then reply[2] = tonumber(num) end
+  end
+  for _, item in ipairs(call('XRANGE', K .. 'o:' .. a[1], '-', '+')) do
+    reply[#reply + 1] = item[2][2]
+    reply[#reply + 1] = item[2][4] or ''
+  end
+  return reply
 end
 
 local function load(keys, a) -- queue
@@ -546,6 +569,16 @@ local function beat(keys, a) -- worker, lease, info, then rid and token of what 
   return codes
 end
 
+-- How far prompts have come. Nothing depends on it but what waiting clients are shown.
+local function progress(keys, a) -- rid, token and number of tokens of each
+  begin(keys)
+  for i = 1, #a, 3 do
+    local key = K .. 'r:' .. a[i]
+    if call('HGET', key, 'lk') == a[i + 1] then call('HSET', key, 'pc', a[i + 1] .. ' ' .. a[i + 2]) end
+  end
+  return 1
+end
+
 local function give_up(keys, a, how) -- rid and token
   begin(keys)
   for i = 1, #a, 2 do
@@ -613,11 +646,13 @@ register('attach', attach, 'allow-oom')
 register('attend', attend, 'allow-oom')
 register('heal', heal, 'allow-oom')
 register('cancel', cancel, 'allow-oom')
+register('peek', peek, 'allow-oom')
 register('load', load, 'allow-oom')
 register('workers', workers, 'allow-oom')
 register('claim', claim, 'allow-oom')
 register('commit', commit, 'allow-oom')
 register('beat', beat, 'allow-oom')
+register('progress', progress, 'allow-oom')
 register('release', release, 'allow-oom')
 register('abandon', abandon, 'allow-oom')
 register('lose', lose, 'allow-oom')

@@ -7,21 +7,28 @@ to it that what comes continues what is there.
 import asyncio
 from array import array
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from model.request import Finish, TokenLogprob
 from service.broker.base import Entry, Timings
 
+UNWATCHED: AbstractContextManager[None] = nullcontext()
+
 
 class Log:
-    """Output ids, their log-probabilities if there are any, and in the end how it ended."""
+    """Output ids, their log-probabilities if there are any, and in the end how it ended.
 
-    __slots__ = ("_changed", "_ids", "_logprobs", "error", "finish", "timings")
+    Who waits is handed what comes: with an event to wait for and the ids to look up again, as libraries have it, a
+    token cost half as much again from here to its reader.
+    """
+
+    __slots__ = ("_ids", "_logprobs", "_waiting", "error", "finish", "timings")
 
     def __init__(self) -> None:
         self._ids = array("I")
         self._logprobs: list[TokenLogprob] = []
-        self._changed = asyncio.Event()  # pulsed at every change
+        self._waiting: list[asyncio.Future[Entry | None]] = []  # readers that have everything
         self.finish: Finish | None = None
         self.timings: Timings | None = None
         self.error: Exception | None = None  # raised to whoever follows, in place of further entries
@@ -36,17 +43,12 @@ class Log:
         self._ids.extend(entry.token_ids)
         self._logprobs.extend(entry.logprobs)
         self.finish, self.timings = entry.finish, entry.timings
-        self.pulse()
+        self._wake(entry)
 
     def fail(self, error: Exception) -> None:
         """End every reader with this error; what is in the log is still told."""
         self.error = error
-        self.pulse()
-
-    def pulse(self) -> None:
-        """Wake every reader."""
-        self._changed.set()
-        self._changed.clear()
+        self._wake(None)
 
     def since(self, position: int) -> Entry:
         """Everything from an output position on, as one entry."""
@@ -55,20 +57,36 @@ class Log:
             position, tuple(self._ids[position:]), tuple(self._logprobs[position:]), finish=self.finish, timings=end
         )
 
-    async def read(self, after: int = 0) -> AsyncIterator[Entry]:
-        """Live, to the terminal entry. A slow reader costs nothing: it finds all at once what came meanwhile."""
-        position = after
-        while True:
-            entry = self.since(position)
-            if entry.token_ids or entry.finish:
-                yield entry
-            if entry.finish:
-                return
-            position += len(entry.token_ids)
-            if position >= self.num_tokens and self.finish is None:
-                if self.error is not None:
-                    raise self.error
-                await self._changed.wait()
+    async def read(self, after: int = 0, reading: AbstractContextManager[None] = UNWATCHED) -> AsyncIterator[Entry]:
+        """Live, to the terminal entry. A slow reader costs nothing: it finds all at once what came meanwhile. `reading`
+        is held from the first entry on until the reader leaves."""
+        with reading:
+            position, entry = after, self.since(after)
+            while True:
+                if entry.token_ids or entry.finish:
+                    yield entry
+                if entry.finish:
+                    return
+                position += len(entry.token_ids)
+                new: Entry | None = None
+                if position >= len(self._ids) and self.finish is None:
+                    if self.error is not None:
+                        raise self.error
+                    waiter: asyncio.Future[Entry | None] = asyncio.get_running_loop().create_future()
+                    self._waiting.append(waiter)
+                    new = await waiter
+                entry = new if new is not None and self._is_rest(new, position) else self.since(position)
+
+    def _is_rest(self, entry: Entry, position: int) -> bool:
+        """Whether it is all that there is from this position on: more may have come before its reader went on."""
+        end = entry.start + len(entry.token_ids)
+        return entry.start == position and end == len(self._ids) and entry.finish is self.finish
+
+    def _wake(self, entry: Entry | None) -> None:
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():  # who has left is done
+                waiter.set_result(entry)
 
 
 def since(entry: Entry, position: int) -> Entry:

@@ -14,6 +14,7 @@ comes too late: it is dropped with the ids beside it, for the cancellation was t
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -25,6 +26,7 @@ from service.broker.base import (
     OUT_OF_TIME,
     Accepted,
     Entry,
+    Glance,
     IdempotencyKey,
     Job,
     QueueLoad,
@@ -80,6 +82,7 @@ class _Record:
     queue_s: float | None = None
     ttft_s: float | None = None
     num_readers: int = 0
+    num_computed: int = 0
     log: Log = field(default_factory=Log)
 
 
@@ -146,19 +149,28 @@ class MemoryBroker:
             raise _unknown(id)
         return tuple(decode_request(record.payload) for record in group.records)
 
-    async def follow(self, id: str, tenant: str, after: int = 0) -> AsyncIterator[Entry]:
+    def follow(self, id: str, tenant: str, after: int = 0) -> AsyncIterator[Entry]:
         """Read the log itself: a slow reader costs nothing. Raises `RequestNotFound` where its first entry would be."""
         record = self._find(id, tenant)
-        if record is None:
-            raise _unknown(id)
+        return _nothing(id) if record is None else record.log.read(after, self._reading(record))
+
+    @contextmanager
+    def _reading(self, record: _Record) -> Iterator[None]:
         record.num_readers += 1
         record.timers.stop("orphan")
         try:
-            async for entry in record.log.read(after):
-                yield entry
+            yield
         finally:
             record.num_readers -= 1
             self._watch_orphan(record)
+
+    async def peek(self, id: str, tenant: str) -> Glance:
+        """As it is now."""
+        record = self._find(id, tenant)
+        if record is None:
+            raise _unknown(id)
+        position = self._queue.position(record.ticket) if record.state is State.WAITING else None
+        return Glance(record.log.since(0), position, record.num_computed)
 
     async def cancel(self, id: str, tenant: str) -> None:
         """End it, at once or with the next commit."""
@@ -207,8 +219,10 @@ class MemoryBroker:
             elif delta.start != record.log.num_tokens:
                 verdicts[delta.id] = Verdict.FENCED
                 self._requeue(record)
-            else:
+            elif delta.token_ids or delta.finish:
                 self._append(record, delta)
+            else:
+                record.num_computed = delta.num_computed
         for id, verdict in self._doomed.items():
             verdicts[id] = verdict
             self._finish(self._records[id], FINISHES[verdict])
@@ -263,7 +277,7 @@ class MemoryBroker:
 
     def _requeue(self, record: _Record) -> None:
         """From running back to its old place."""
-        record.state = State.WAITING
+        record.state, record.num_computed = State.WAITING, 0
         self._num_running -= 1
         self._num_waiting_tokens += record.num_prompt_tokens
         self._queue.put_back(record.ticket)
@@ -336,6 +350,11 @@ class MemoryBroker:
             len(self._queue) + num_requests > self._max_waiting
             or self._num_waiting_tokens + num_tokens > self._max_waiting_tokens
         )
+
+
+async def _nothing(id: str) -> AsyncIterator[Entry]:
+    raise _unknown(id)
+    yield
 
 
 def _unknown(id: str) -> RequestNotFound:

@@ -21,7 +21,8 @@ All keys begin with `millrace:{0}:`; the braces put them into one slot of a clus
 
 `r:` has st (w, r, e: waiting, running, ended), lk (this claim's random token), wk (its worker), n (ids in the log), cx
 (c or t: cancelled, out of time, while running), c and cn (what crashes in a row at one place count against it, and
-where), at (claims), mb (processes that read it), q, tn, cl, tag, size, t0, qms, ft, dl, qd, orphan, keep, idem.
+where), at (claims), pc (a claim's token and how far the prompt has come under it), mb (processes that read it), q, tn,
+cl, tag, size, t0, qms, ft, dl, qd, orphan, keep, idem.
 
 Channels, which may lose messages without harm, the log being the truth: `mail:<api>` carries entries to a process that
 reads, `bell:<queue>` says that something waits, `work:<worker>` that a request it computes shall end.

@@ -20,13 +20,14 @@ from typing import Any
 
 import msgpack
 
-from model.request import Delta, Request
-from service.broker.base import Accepted, Entry, IdempotencyKey, QueueLoad, Timings
+from model.request import Delta, Finish, FinishReason, Request
+from service.broker.base import Accepted, Entry, Glance, IdempotencyKey, QueueLoad, Timings
 from service.broker.codec import decode_entry, decode_request, encode_entry, encode_request
 from service.broker.log import Log, since
 from service.broker.redis import AGAIN_S, Link, WorkerInfo
 from service.errors import Handover, IdempotencyConflict, Overloaded, RequestNotFound, Unavailable
 
+DIVERGED = Finish(FinishReason.ERROR, error="the queue lost a part of this answer, and ended it with another one")
 ASK_S = 0.8  # a client is answered within a second, whatever Redis does
 ATTEND_S, REAP_S = 1.0, 0.5
 KNOWN = [field.name for field in fields(WorkerInfo)]
@@ -69,7 +70,7 @@ class RedisRequests:
     ) -> None:
         self._link, self._queue, self._clock = link, queue, clock
         self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
-        self._keep_ms, self._weights = int(keep_s * 1000), weights or {}
+        self._keep_ms, self._weights = int(keep_s * 1000), {} if weights is None else weights
         self._name = secrets.token_hex(8)
         self._mirrors: dict[str, dict[str, _Mirror]] = {}  # by id and tenant: a stranger who asks for an id is apart
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -151,6 +152,17 @@ class RedisRequests:
             if not mirror.num_readers:
                 self._drop(mirror)
 
+    async def peek(self, id: str, tenant: str) -> Glance:
+        """As Redis has it now."""
+        reply = await self._link.call("peek", id, tenant, within_s=ASK_S)
+        if not reply:
+            raise RequestNotFound(f"no request {id}")
+        position, num_computed, *told = reply
+        log = Log()
+        for raw, timings in zip(told[::2], told[1::2], strict=True):
+            log.append(_entry(raw, timings))
+        return Glance(log.since(0), position if position >= 0 else None, num_computed)
+
     async def cancel(self, id: str, tenant: str) -> None:
         """Also where Redis is away for a while: then it happens when it is back."""
         try:
@@ -191,8 +203,11 @@ class RedisRequests:
         if not reply:
             return False
         mirror.request, mirror.queue, *log = reply
-        for raw, timings in zip(log[::2], log[1::2], strict=True):
-            self._take(mirror, _entry(raw, timings))
+        entries = [_entry(raw, timings) for raw, timings in zip(log[::2], log[1::2], strict=True)]
+        for entry in entries:
+            self._take(mirror, entry)
+        if entries and entries[-1].finish and mirror.log.finish is None:  # as other ids, after a loss here unseen
+            mirror.log.append(Entry(mirror.log.num_tokens, finish=DIVERGED, timings=entries[-1].timings))
         return True
 
     async def _open(self, mirror: _Mirror) -> None:

@@ -46,6 +46,7 @@ class RedisWork:
         self._link, self._name, self._info, self._lease_s = link, name, info, lease_s
         self._held: dict[str, _Held] = {}
         self._asked_for: set[str] = set()  # Redis has something to say of these
+        self._computed: dict[str, int] = {}  # how far prompts have come; told with the next heartbeat
         self._bell = asyncio.Event()
         self._num_commits = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -89,8 +90,9 @@ class RedisWork:
     async def commit(self, step: Sequence[Delta]) -> Mapping[str, Verdict]:
         """Waits for Redis as long as it takes."""
         verdicts = {delta.id: Verdict.FENCED for delta in step if delta.id not in self._held}
-        asked = [delta for delta in step if delta.id in self._held]
-        known = {delta.id for delta in step}
+        asked = [delta for delta in step if delta.id in self._held and (delta.token_ids or delta.finish)]
+        known = {delta.id for delta in asked}
+        self._computed.update((delta.id, delta.num_computed) for delta in step if delta.num_computed)
         asked += [Delta(id, held.num_tokens) for id in self._asked_for - known if (held := self._held.get(id))]
         self._asked_for.clear()
         if not asked:
@@ -167,6 +169,10 @@ class RedisWork:
         flat = [part for pair in pairs for part in pair]
         codes = await self._link.call("beat", self._name, self._lease_ms, told, *flat, within_s=self._lease_s)
         self._asked_for.update(id for (id, _), code in zip(pairs, codes, strict=True) if code in VERDICTS)
+        computed, self._computed = self._computed, {}
+        told_of = [(id, held.token, num) for id, num in computed.items() if (held := self._held.get(id))]
+        if told_of:
+            await self._link.call("progress", *(part for each in told_of for part in each), within_s=self._lease_s)
 
     async def _beat_for_ever(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""The door as an ASGI application: routes, errors as problem objects, request ids, HEAD, and the documentation page.
+"""The door as an ASGI application: routes, errors in each route's words, request ids, HEAD, and the pages.
 
 It starts with nothing loaded, so that the port can be bound first; `Backend.loaded` opens it. It holds no rules of its
 own about requests.
@@ -7,8 +7,6 @@ own about requests.
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -17,22 +15,30 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import MillraceError
-from service.http.problems import HttpRefusal, problem_response
-from service.http.routes import Backend, Routes
-from service.http.sse import HEAD
+from service.http.answering import CLIENT
+from service.http.backend import Backend
+from service.http.gate import Gate, Rules
+from service.http.intake import Client
+from service.http.openai_errors import refused
+from service.http.openai_routes import OpenAIRoutes
+from service.http.pages import add_pages
+from service.http.problems import HttpRefusal
+from service.http.responses_routes import ResponsesRoutes
+from service.http.routes import Routes
+from service.http.sse import HEAD, SEND
+from service.http.text_routes import TextRoutes
 from service.metrics import Metrics
 
-PAGE = Path(__file__).parent / "page"
-MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
-CSP = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+TRACEPARENT = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, 3.2
+ANYBODY = Rules()
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(backend: Backend, metrics: Metrics, version: str = "0") -> FastAPI:
-    """The application over a backend that may still be empty."""
+def create_app(backend: Backend, metrics: Metrics, version: str = "0", rules: Rules = ANYBODY) -> FastAPI:
+    """The application over a backend that may still be empty; `rules` say who may come in."""
     app = FastAPI(
         title="Millrace",
         version=version,
@@ -42,10 +48,13 @@ def create_app(backend: Backend, metrics: Metrics, version: str = "0") -> FastAP
         redirect_slashes=False,
     )
     app.include_router(Routes(backend, metrics).router())
-    for path, name in (("/docs", "docs.html"), ("/docs/docs.js", "docs.js"), ("/docs/docs.css", "docs.css")):
-        app.add_api_route(path, _page(PAGE / name), include_in_schema=False)
+    app.include_router(OpenAIRoutes(backend, metrics).router())
+    app.include_router(ResponsesRoutes(backend, metrics).router())
+    app.include_router(TextRoutes(backend).router())
+    add_pages(app)
     app.add_exception_handler(MillraceError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_middleware(Gate, rules=rules, metrics=metrics)
     app.add_middleware(Edge)
     return app
 
@@ -64,7 +73,9 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id = _header(scope, b"x-request-id", REQUEST_ID) or secrets.token_hex(16).encode()
+        traceparent = _header(scope, b"traceparent", TRACEPARENT)
+        scope = {**scope, SEND: send, CLIENT: Client(request_id=request_id.decode(), traceparent=traceparent.decode())}
         is_head, started = scope["method"] == "HEAD", False
 
         async def send_on(message: Message) -> None:
@@ -83,19 +94,20 @@ class Edge:
         except Exception as error:
             logger.error("request %s broke", request_id.decode(), exc_info=error)
             if not started:
-                await problem_response(MillraceError("internal error"))(scope, receive, send_on)
+                await refused(scope["path"], MillraceError("internal error"))(scope, receive, send_on)
 
 
-def _request_id(scope: Scope) -> bytes:
+def _header(scope: Scope, wanted: bytes, form: re.Pattern[bytes]) -> bytes:
+    """The first of that name and form, or b""."""
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+        if name == wanted and form.fullmatch(value):
             return bytes(value)
-    return secrets.token_hex(16).encode()
+    return b""
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, MillraceError)
-    return problem_response(error)
+    return refused(request.scope["path"], error)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -103,14 +115,4 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code, MillraceError.code)
     detail = f"{request.method[:16]} is not taken here" if code == "method_not_allowed" else "see /docs for the routes"
-    return problem_response(HttpRefusal(code, detail, dict(error.headers or {})))
-
-
-def _page(path: Path) -> Callable[[], Awaitable[Response]]:
-    body = path.read_bytes()
-    headers = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff"}
-
-    async def page() -> Response:
-        return Response(body, media_type=MEDIA_TYPES[path.suffix], headers=headers)
-
-    return page
+    return refused(request.scope["path"], HttpRefusal(code, detail, dict(error.headers or {})))

@@ -14,15 +14,15 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import suppress
 from dataclasses import replace
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from model.assemble import Assembler
 from model.request import Finish, FinishReason, Request, TokenLogprob, Usage
 from service.broker.base import CANCELLED, Entry, RequestSide, Timings
-from service.errors import MillraceError
+from service.errors import MillraceError, Unavailable
 from service.http.intake import Intake, Served
 from service.logs import fields
 from service.metrics import HANDED_OVER, Book, Metrics
@@ -32,6 +32,7 @@ from service.metrics import HANDED_OVER, Book, Metrics
 # writing the event; a long entry is taken in parts.
 ENTRIES_PER_BREATH = 16
 TOKENS_PER_PART = 64
+LOOK_S = 1.0  # between two looks at how a request stands whose client wants to know
 NO_LOGPROBS = repeat(None)
 
 logger = logging.getLogger(__name__)
@@ -47,11 +48,20 @@ class Piece(NamedTuple):
     logprob: TokenLogprob | None
 
 
+class Standing(NamedTuple):
+    """How a request stands before its first token: how many wait before it, None if it does not wait, and how many
+    tokens of its prompt are computed."""
+
+    position: int | None
+    num_computed: int
+    num_prompt: int
+
+
 class Choice:
     """One sequence: what has come of it so far. `finish` is None until it has ended.
 
-    The client has the first `after` tokens already. Text is made from all of them, for it depends on all. `held_back`
-    is text that no token brought: a possible stop string or a broken character that the end left as it was.
+    The client has the first `after` tokens already. All are gone through, for text and events depend on those before.
+    `held_back` is text that no token brought: a possible stop string or a broken character that the end left as it was.
     """
 
     def __init__(self, index: int, request: Request, served: Served, book: Book, after: int) -> None:
@@ -66,7 +76,7 @@ class Choice:
         self._num_chars = 0
 
     def take(self, entry: Entry, now_s: float) -> list[Piece]:
-        """The entry's tokens as pieces, in order, but for those that the client has."""
+        """The entry's tokens as pieces, in order, those that the client has as well."""
         assert entry.start == self.num_tokens, f"{self.request.id}: a gap before {entry.start} at {self.num_tokens}"
         assert len(entry.logprobs) in (0, len(entry.token_ids))
         pieces = []
@@ -75,8 +85,7 @@ class Choice:
             if self._opening:
                 text, offset, self._opening = self._opening + text, offset + len(self._opening), ""
             self.num_tokens += 1
-            if self.num_tokens > self.after:
-                pieces.append(Piece(self.index, token_id, text, offset, logprob))
+            pieces.append(Piece(self.index, token_id, text, offset, logprob))
             self._num_chars += len(text)
         if entry.token_ids:
             self.book.tokens(len(entry.token_ids), now_s)
@@ -102,7 +111,8 @@ class Generation:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.intake = intake
-        self._broker, self._cancels, self._clock = broker, cancels, clock
+        self.cancels = cancels
+        self._broker, self._clock = broker, clock
         self._is_ours = False
         self.choices = [
             Choice(index, request, served, Book(metrics), after[index] if after else 0)
@@ -117,18 +127,47 @@ class Generation:
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What comes, as it comes, until every choice has finished. Raises whatever the broker raises."""
-        num_parts = 0
-        async with aclosing(_merged([self._follow(choice) for choice in self.choices])) as entries:
-            async for index, entry in entries:
-                for part in _parts(entry):
-                    pieces = self.choices[index].take(part, self._clock())
-                    if pieces:
-                        yield pieces
-                    num_parts += 1
-                    if num_parts % ENTRIES_PER_BREATH == 0 or len(part.token_ids) == TOKENS_PER_PART:
-                        await asyncio.sleep(0)
+        num_parts, logs = 0, [self._follow(choice) for choice in self.choices]
+        one = self.choices[0] if len(logs) == 1 else None
+        entries: AsyncIterator[Any] = logs[0] if one else _merged(logs)  # one layer less, for every token
+        async for item in entries:
+            choice, entry = (one, item) if one else (self.choices[item[0]], item[1])
+            for part in _parts(entry):
+                pieces = choice.take(part, self._clock())
+                if pieces:
+                    yield pieces
+                num_parts += 1
+                if num_parts % ENTRIES_PER_BREATH == 0 or len(part.token_ids) == TOKENS_PER_PART:
+                    await asyncio.sleep(0)
         if not all(choice.told_end for choice in self.choices):
             raise MillraceError("the log ended without saying how")
+
+    async def glance(self) -> tuple[list[Piece], bool]:
+        """What has come so far, without waiting for more, and whether any of it still waits in the queue. Once, and
+        instead of `pieces`. Raises `RequestNotFound` and `Unavailable`."""
+        pieces, waits = [], False
+        for choice in self.choices:
+            seen = await self._broker.peek(choice.request.id, choice.request.tenant)
+            waits = waits or seen.position is not None
+            for part in _parts(seen.log):
+                pieces += choice.take(part, self._clock())
+                await asyncio.sleep(0)
+        return pieces, waits
+
+    async def standings(self) -> AsyncGenerator[Standing, None]:
+        """How its first choice stands, at once and whenever that has changed, until a token or its end has come. Where
+        the broker can't be asked, nothing new is told."""
+        first, told = self.choices[0], None
+        while not first.num_tokens and first.finish is None:
+            with suppress(Unavailable):
+                glance = await self._broker.peek(first.request.id, first.request.tenant)
+                if glance.log.token_ids or glance.log.finish:
+                    return
+                standing = Standing(glance.position, glance.num_computed, len(first.request.prompt_ids))
+                if standing != told:
+                    told = standing
+                    yield standing
+            await asyncio.sleep(LOOK_S)
 
     def fail(self, error: Exception) -> None:
         """End what has not ended as an error; the cause is logged, and told only if it is from our own tree."""
@@ -142,16 +181,16 @@ class Generation:
 
     def hand_over(self) -> None:
         """It is this process that leaves, not the client: nothing is cancelled."""
-        self._cancels = False
+        self.cancels = False
 
     async def close(self) -> None:
         """Settle what has had no terminal entry. Call it whatever happened; it may take one trip to the broker."""
         left = [choice for choice in self.choices if not choice.told_end]
         for choice in left:
-            if self._cancels and choice.finish is None:
+            if self.cancels and choice.finish is None:
                 choice.finish = CANCELLED
             choice.book.end(choice.finish.reason if choice.finish else HANDED_OVER, self._clock())
-        for choice in left if self._cancels else ():
+        for choice in left if self.cancels else ():
             try:
                 await self._broker.cancel(choice.request.id, choice.request.tenant)
             except MillraceError as error:
@@ -165,8 +204,18 @@ class Generation:
         ]
 
     def usage(self) -> Usage:
-        """The prompt counts once, generated ids of all choices together."""
-        return Usage(len(self.choices[0].request.prompt_ids), sum(choice.num_tokens for choice in self.choices))
+        """Each prompt counts once, generated ids of all choices together."""
+        first = self.choices[0].request
+        answers = first.num_choices // first.num_prompts
+        num_prompt = sum(len(choice.request.prompt_ids) for choice in self.choices[::answers])
+        return Usage(num_prompt, sum(choice.num_tokens for choice in self.choices))
+
+    def used(self) -> int | None:
+        """Tokens of prompts and answers; None while it goes on without this reader."""
+        if not self.cancels and not all(choice.told_end for choice in self.choices):
+            return None
+        usage = self.usage()
+        return usage.prompt_tokens + usage.completion_tokens
 
     def timings(self) -> dict[str, float | None]:
         """Seconds, as the broker tells them; of several choices the earliest claim and first token, the latest end."""
@@ -226,10 +275,6 @@ def _parts(entry: Entry) -> Sequence[Entry]:
 
 async def _merged(logs: list[AsyncIterator[Entry]]) -> AsyncGenerator[tuple[int, Entry], None]:
     """Entries of all logs as they come, until each has ended. The first error of any is raised."""
-    if len(logs) == 1:
-        async for entry in logs[0]:
-            yield 0, entry
-        return
     # Bounded: a slow reader leaves entries where they are, in the broker's logs.
     queue: asyncio.Queue[tuple[int, Entry | Exception | None]] = asyncio.Queue(len(logs))
 

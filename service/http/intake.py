@@ -8,16 +8,20 @@ deadline and `max_tokens`, so that nothing after it fills in, clamps or drops. O
 import asyncio
 import secrets
 import time
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from model.config import GenerationDefaults
-from model.request import Request, SamplingParams, TextOptions, child_seed
+from model.grammar import GrammarError
+from model.grammar_check import MAX_WAITING, GrammarCheck, TooManyTrials, of_lark, of_schema
+from model.request import Grammar, Request, SamplingParams, TextOptions, child_seed
 from model.tokenizer import Tokenizer
-from service.errors import InvalidRequest, ModelNotFound, PromptTooLong
+from service.errors import InvalidRequest, ModelNotFound, Overloaded, PromptTooLong
 from service.http.schemas import ALLOWED, GenerateRequest
 
 MAX_INLINE_CHARS = 4096  # a longer prompt is tokenised in a thread; for a shorter one the way there costs more
+GRAMMAR_RETRY_S = 5  # where too many are tried already
 SEED_BITS = 53  # of a drawn seed: the largest integers that every JSON reader can hand back unharmed
 
 Number = TypeVar("Number", int, float)
@@ -37,6 +41,42 @@ class Served:
     created: int
     orphan_s: float = 30.0
     max_request_s: float = 3600.0
+    grammars: GrammarCheck = field(default_factory=GrammarCheck)
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who asks: the tenant, and what the logs and traces of the request are to be found by."""
+
+    tenant: str = "default"
+    request_id: str = ""
+    traceparent: str = ""
+
+
+class Unwritten(Protocol):
+    """A prompt that has yet to be made of what it is in, say, a conversation. `num_chars` is about how long it is."""
+
+    @property
+    def num_chars(self) -> int: ...
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        """Raises `InvalidRequest`."""
+        ...
+
+
+Prompt = str | list[int] | Unwritten
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request in the terms of the native route, whatever the dialect it came in. `prompts` replace the body's where
+    it is another, or there are several, each with `body.n` answers. `about` is for whoever writes the answer; `kind`
+    begins the id."""
+
+    body: GenerateRequest
+    prompts: tuple[Prompt, ...] = ()
+    about: str = ""
+    kind: str = "gen-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,60 +102,112 @@ class Intake:
         return int(self.group[0].created_s)
 
     @property
+    def most_tokens(self) -> int:
+        """What it can take at most, each prompt counted once."""
+        first = self.group[0]
+        prompts = self.group[:: first.num_choices // first.num_prompts]
+        return sum(len(each.prompt_ids) for each in prompts) + sum(each.sampling.max_tokens for each in self.group)
+
+    @property
     def seed(self) -> int:
         """The first answer's; the others' are made from it."""
         return self.group[0].sampling.seed
 
 
-async def take_in(body: GenerateRequest, served: Served, tenant: str = "default") -> Intake:
-    """Raises `ModelNotFound`, `InvalidRequest` and `PromptTooLong`."""
+async def take_in(asked: Asked, served: Served, client: Client = Client()) -> Intake:  # frozen
+    """Raises `ModelNotFound`, `InvalidRequest`, `PromptTooLong`, and `Overloaded` where too many grammars are tried."""
+    body = asked.body
     if body.model not in (None, served.name):
         raise ModelNotFound(str(body.model), served.name)
-    if body.background and body.stream:
-        raise InvalidRequest("background", True, "false where `stream` is true: there is nobody to stream to")
     now_s = time.time()
-    prompt_ids = await _prompt_ids(body.prompt, served)
-    sampling = _sampling(body, served, room=served.max_model_len - len(prompt_ids))
+    seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
+    grammar = await _grammar(body, served)
+    sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
+    for prompt in asked.prompts or (body.prompt,):
+        prompt_ids = await _prompt_ids(prompt, body, served)
+        if grammar is not None and served.tokenizer.detokenizer(prompt_ids).flush():
+            raise InvalidRequest("prompt", prompt, "with a grammar, ids that do not end in the middle of a character")
+        sampling = _sampling(body, served, seed, room=served.max_model_len - len(prompt_ids))
+        sequences += [(prompt_ids, each) for each in sampling]
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    id = f"gen-{secrets.token_hex(16)}"
+    id = asked.kind + secrets.token_hex(16)
+    num_choices = len(sequences)
     group = tuple(
         Request(
-            id=f"{id}.{i}" if body.n > 1 else id,
+            id=f"{id}.{i}" if num_choices > 1 else id,
             prompt_ids=prompt_ids,
-            sampling=sampling[i],
+            sampling=sampling,
             text=TextOptions(stop=stop, echo=body.echo),
+            grammar=grammar,
             model=served.name,
-            tenant=tenant,
+            tenant=client.tenant,
             priority=body.priority,
             created_s=now_s,
             deadline_s=now_s + _given(body.timeout_s, served.max_request_s),
             queue_deadline_s=None if body.queue_timeout_s is None else now_s + body.queue_timeout_s,
             orphan_s=None if body.background else served.orphan_s,
-            num_choices=body.n,
+            num_choices=num_choices,
+            num_prompts=len(asked.prompts) or 1,
+            about=asked.about,
+            request_id=client.request_id,
+            traceparent=client.traceparent,
         )
-        for i in range(body.n)
+        for i, (prompt_ids, sampling) in enumerate(sequences)
     )
     return Intake(group)
 
 
-async def _prompt_ids(prompt: str | list[int], served: Served) -> tuple[int, ...]:
+async def _prompt_ids(prompt: Prompt, body: GenerateRequest, served: Served) -> tuple[int, ...]:
     encode, limit = served.tokenizer.encode, served.max_model_len - 1  # one token at least must be generated
-    if not isinstance(prompt, str):
+    if isinstance(prompt, list):
         ids = prompt
+    elif not isinstance(prompt, str):
+        is_short = prompt.num_chars <= MAX_INLINE_CHARS
+        ids = prompt.encode(served.tokenizer) if is_short else await asyncio.to_thread(prompt.encode, served.tokenizer)
     elif len(prompt) <= MAX_INLINE_CHARS:
         ids = encode(prompt, special=True)
     else:
         ids = await asyncio.to_thread(encode, prompt, special=True)
     if len(ids) > limit:
-        raise PromptTooLong(len(ids), limit)
+        if body.on_overflow == "reject":
+            raise PromptTooLong(len(ids), limit)
+        ids = ids[-max(1, served.max_model_len - min(body.max_tokens, served.max_model_len // 2)) :]
     if not ids:
         raise InvalidRequest("prompt", prompt, "text that makes at least one token")
     _check_ids("prompt", ids, served)
     return tuple(ids)
 
 
-def _sampling(body: GenerateRequest, served: Served, room: int) -> list[SamplingParams]:
-    """The sampling parameters of each answer; they differ by seed only."""
+async def _grammar(body: GenerateRequest, served: Served) -> Grammar | None:
+    """What the output is held to, once it is known that it can be."""
+    wanted: dict[str, Callable[[], Grammar]] = {}
+    if (form := body.response_format) is not None and form.type != "text":
+        schema = form.json_schema
+        wanted["response_format"] = lambda: of_schema(schema.body) if schema else Grammar("json_object")
+    if (regex := body.regex) is not None:
+        wanted["regex"] = lambda: Grammar("regex", regex)
+    if (lark := body.grammar) is not None:
+        wanted["grammar"] = lambda: of_lark(lark)
+    if not wanted:
+        return None
+    field, make = wanted.popitem()
+    value = body.model_dump(include={field}, by_alias=True)[field]
+    if wanted:
+        raise InvalidRequest(field, value, f"nothing beside {next(iter(wanted))}: one of them at a time")
+    try:
+        grammar = make()
+        against = await asyncio.wrap_future(served.grammars.submit(grammar))
+    except GrammarError as error:
+        against = str(error)
+    except TooManyTrials:
+        raise Overloaded(GRAMMAR_RETRY_S, MAX_WAITING) from None
+    if against:
+        raise InvalidRequest(field, value, against)
+    return grammar
+
+
+def _sampling(body: GenerateRequest, served: Served, seed: int, room: int) -> list[SamplingParams]:
+    """The sampling parameters of each answer to one prompt; they differ by seed only."""
     defaults = served.defaults
     bias = tuple((int(key), float(value)) for key, value in (body.logit_bias or {}).items())
     stop_ids = body.stop_token_ids or []
@@ -124,7 +216,6 @@ def _sampling(body: GenerateRequest, served: Served, room: int) -> list[Sampling
     if body.min_tokens > body.max_tokens:
         raise InvalidRequest("min_tokens", body.min_tokens, f"an integer from 0 to max_tokens, {body.max_tokens}")
     eos_ids = () if body.ignore_eos else served.eos_ids
-    seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
     return [
         SamplingParams(
             temperature=_given(body.temperature, defaults.temperature),

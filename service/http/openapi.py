@@ -5,10 +5,11 @@ Descriptions only. The /docs page renders them; nothing is decided here.
 
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from service.http.problems import MEDIA_TYPE, PROBLEMS
-from service.http.resume import AFTER, ALLOWED_COUNTS, ALLOWED_KEY, KEY, LAST_EVENT, STREAM
+from service.http.resume import AFTER, ALLOWED_COUNTS, ALLOWED_KEY, KEY, LAST_EVENT, PROGRESS, STREAM
 from service.http.schemas import Cancelling, GenerateAnswer, GenerateRequest, Problem, Submitted
 
 TEXT = {"schema": {"type": "string"}}
@@ -27,6 +28,24 @@ def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
         about = ". ".join(f"{code}: {title}" for code, (of, title) in PROBLEMS.items() if of == status)
         told[status] = {"description": about, "content": {MEDIA_TYPE: {"schema": schema}}}
     return told
+
+
+def schema_of(body: type[BaseModel]) -> dict[str, Any]:
+    """The JSON Schema of a body, every part of it written out where it is used: what points to a schema's own
+    definitions points nowhere in a larger document. A schema that holds itself has no such form."""
+    schema = body.model_json_schema()
+    defined = schema.pop("$defs", {})
+
+    def written_out(part: Any) -> Any:
+        if isinstance(part, list):
+            return [written_out(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return written_out(defined[part["$ref"].removeprefix("#/$defs/")])
+        return {key: written_out(value) for key, value in part.items()}
+
+    return {key: written_out(value) for key, value in schema.items()}
 
 
 def _parameter(name: str, where: str, about: str, allowed: str, **schema: object) -> dict[str, object]:
@@ -50,7 +69,7 @@ GENERATE: dict[str, Any] = {
         ],
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": GenerateRequest.model_json_schema()}},
+            "content": {"application/json": {"schema": schema_of(GenerateRequest)}},
         },
     },
     "responses": {
@@ -61,7 +80,7 @@ GENERATE: dict[str, Any] = {
             "description": "It was asked for in the background",
             "headers": {"Location": {"description": "The URL to read it at", **TEXT}},
         },
-        **problems(400, 404, 409, 413, 415, 422, 429, 500, 503),
+        **problems(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 431, 500, 503),
     },
 }
 
@@ -85,13 +104,23 @@ READ: dict[str, Any] = {
                 "true or false",
                 enum=["true", "false"],
             ),
+            _parameter(
+                PROGRESS,
+                "query",
+                "Whether a stream tells, in comments, how the request stands until its first token comes",
+                "true or false",
+                enum=["true", "false"],
+            ),
         ]
     },
-    "responses": {200: _answer(f"The answer, once it is there, {EVENTS}"), **problems(404, 422, 500, 503)},
+    "responses": {200: _answer(f"The answer, once it is there, {EVENTS}"), **problems(401, 404, 422, 500, 503)},
 }
 
 CANCEL: dict[str, Any] = {
     "response_class": Response,
     "status_code": 202,
-    "responses": {202: {"model": Cancelling, "description": "What has not ended will end"}, **problems(404, 422, 503)},
+    "responses": {
+        202: {"model": Cancelling, "description": "What has not ended will end"},
+        **problems(401, 404, 422, 503),
+    },
 }

@@ -6,7 +6,7 @@ The one place that knows which error has which status. Nothing from inside the p
 import orjson
 from starlette.responses import Response
 
-from service.errors import Handover, InvalidRequest, MillraceError, Overloaded, PromptTooLong, Unavailable
+from service.errors import Handover, InvalidRequest, MillraceError, Overloaded, PromptTooLong, RateLimited, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
 HANDOVER_RETRY_S = 1  # another process serves already, or this one's successor soon
@@ -14,18 +14,26 @@ HANDOVER_RETRY_S = 1  # another process serves already, or this one's successor 
 # code -> status, title; the code is the anchor of the error's line on the /docs page
 PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed": (400, "The body is not JSON"),
+    "bad_request": (400, "Not a request that can be read"),
+    "invalid_api_key": (401, "The key is missing or not known"),
+    "forbidden": (403, "Not from there"),
     "model_not_found": (404, "No such model"),
     "request_not_found": (404, "No such request"),
     "not_found": (404, "No such route"),
     "method_not_allowed": (405, "The route does not take this method"),
+    "too_slow": (408, "The request took too long to arrive"),
     "idempotency_conflict": (409, "The key belongs to another request"),
     "too_large": (413, "The body is too large"),
     "unsupported_media_type": (415, "The body is not in a form that is taken here"),
     "invalid_request": (422, "A field can't be accepted"),
     "context_length_exceeded": (422, "The prompt is too long"),
     "overloaded": (429, "The queue is full"),
+    "rate_limit_exceeded": (429, "The key's limit is reached"),
+    "headers_too_large": (431, "The headers are too large or too many"),
     "internal_error": (500, "Something broke here"),
+    "cancelled": (499, "Cancelled by its id"),
     "unavailable": (503, "Not ready to serve"),
+    "timeout": (504, "The time is up"),
 }
 
 
@@ -70,14 +78,19 @@ def problem(error: MillraceError) -> dict[str, object]:
 
 
 def problem_response(error: MillraceError) -> Response:
-    """The problem as a response, with `Retry-After` where trying again makes sense (RFC 9110, section 10.2.3)."""
+    """The problem as a response."""
     body = problem(error)
+    return Response(orjson.dumps(body), PROBLEMS[str(body["code"])][0], headers_of(error), MEDIA_TYPE)
+
+
+def headers_of(error: MillraceError) -> dict[str, str]:
+    """What goes with an error: `Retry-After` where trying again makes sense (RFC 9110, section 10.2.3)."""
     headers = dict(error.headers) if isinstance(error, HttpRefusal) else {}
-    if isinstance(error, Overloaded | Unavailable):
+    if isinstance(error, Overloaded | RateLimited | Unavailable):
         headers["Retry-After"] = str(error.retry_after_s)
     elif isinstance(error, Handover):
         headers["Retry-After"] = str(HANDOVER_RETRY_S)
-    return Response(orjson.dumps(body), PROBLEMS[str(body["code"])][0], headers, MEDIA_TYPE)
+    return headers
 
 
 def _field(error: InvalidRequest) -> dict[str, str]:

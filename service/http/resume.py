@@ -5,9 +5,9 @@ It parses and looks up; it follows nothing and shapes no answer. Positions are c
 """
 
 import hashlib
+import json
 import re
 
-import orjson
 from starlette.requests import Request
 
 from service.broker.base import IdempotencyKey, RequestSide
@@ -16,13 +16,14 @@ from service.http.intake import Intake, Served
 from service.http.schemas import MAX_COUNT
 
 KEY, LAST_EVENT = "Idempotency-Key", "Last-Event-ID"  # headers
-AFTER, STREAM = "after", "stream"  # query parameters
+AFTER, STREAM, PROGRESS = "after", "stream", "progress"  # query parameters
 VISIBLE = re.compile(r"[!-~]{1,255}")
+ID = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 COUNT = re.compile(r"0|[1-9][0-9]{0,9}")
 ALLOWED_KEY = "1 to 255 visible ASCII characters"
 ALLOWED_COUNTS = f"a count of tokens from 0 to {MAX_COUNT}, or one for each choice with commas between"
 NOT_WHOLE = "none where the whole answer is asked for"
-STREAMED = {"true": True, "false": False}
+SWITCH = {"true": True, "false": False}
 
 
 def idempotency_key(request: Request, body: object) -> IdempotencyKey | None:
@@ -34,8 +35,8 @@ def idempotency_key(request: Request, body: object) -> IdempotencyKey | None:
     key = ", ".join(given)  # as a proxy may join them; two are refused for the space
     if not VISIBLE.fullmatch(key):
         raise InvalidRequest(KEY, key, ALLOWED_KEY)
-    canonical = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
-    return IdempotencyKey(hashlib.sha256(key.encode()).hexdigest(), hashlib.sha256(canonical).hexdigest())
+    canonical = json.dumps(body, sort_keys=True)  # which takes what a field may hold that nobody reads: any number
+    return IdempotencyKey(hashlib.sha256(key.encode()).hexdigest(), hashlib.sha256(canonical.encode()).hexdigest())
 
 
 async def admitted(broker: RequestSide, taken: Intake, key: IdempotencyKey | None, served: Served) -> Intake:
@@ -47,10 +48,17 @@ async def admitted(broker: RequestSide, taken: Intake, key: IdempotencyKey | Non
     return await stored(broker, accepted.id, taken.group[0].tenant, served)
 
 
+def check_id(id: str) -> str:
+    """What a client sends as an id, before anybody looks for it or repeats it. Raises `RequestNotFound`."""
+    if not ID.fullmatch(id):
+        raise RequestNotFound("no request has an id like that")
+    return id
+
+
 async def stored(broker: RequestSide, id: str, tenant: str, served: Served) -> Intake:
     """The request of an id. One of another model is none of ours: its text can't be made here. Raises
     `RequestNotFound` and `Unavailable`."""
-    group = await broker.lookup(id, tenant)
+    group = await broker.lookup(check_id(id), tenant)
     if group[0].model != served.name:
         raise RequestNotFound(f"request {id} is not of the model that is served here, {served.name}")
     return Intake(group)
@@ -86,13 +94,23 @@ def _counts(field: str, value: str, text: str, num_choices: int, allowed: str) -
     return counts if len(counts) == num_choices else counts * num_choices
 
 
+def wants_progress(request: Request) -> bool:
+    """Whether a stream shall tell how its request stands. Raises `InvalidRequest`."""
+    return bool(switch(request, PROGRESS))
+
+
+def switch(request: Request, name: str) -> bool | None:
+    """A parameter that is true or false; None if it is absent. Raises `InvalidRequest`."""
+    given = request.query_params.getlist(name)
+    if given and ",".join(given) not in SWITCH:
+        raise InvalidRequest(name, ",".join(given), "true or false")
+    return SWITCH[",".join(given)] if given else None
+
+
 def _wants_stream(request: Request) -> bool:
     """As the parameter says, else by `Accept`, else yes."""
-    given = request.query_params.getlist(STREAM)
-    if given:
-        wanted = STREAMED.get(",".join(given))
-        if wanted is None:
-            raise InvalidRequest(STREAM, ",".join(given), "true or false")
+    wanted = switch(request, STREAM)
+    if wanted is not None:
         return wanted
     accepted = request.headers.get("accept", "")
     return "application/json" not in accepted or "text/event-stream" in accepted

@@ -5,9 +5,11 @@ depends on the model (vocabulary, context length) is checked in `intake.py`. The
 OpenAPI; `reply.py` writes it. Every input description ends with `Allowed: ...`, which errors quote.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from model.grammar_check import MAX_GRAMMAR_CHARS, MAX_REGEX_CHARS
 
 MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_STOP_IDS, MAX_BIASES = 16, 256, 64, 300
 MAX_COUNT = 2**31 - 1
@@ -48,6 +50,32 @@ StopIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS, fail_fast=True
 BiasKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[BiasKey, Bias], Field(max_length=MAX_BIASES), BeforeValidator(_few_biases)]
+
+
+class JsonSchema(BaseModel):
+    """As OpenAI has it. Output is always held to the schema, so `strict` changes nothing."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: str = Field("schema", max_length=64)
+    description: str | None = Field(None, max_length=4096)
+    body: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """As OpenAI has it. `json_schema` belongs to the type of that name."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Self:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema goes with the type of that name")
+        return self
 
 
 class GenerateRequest(BaseModel):
@@ -95,10 +123,33 @@ class GenerateRequest(BaseModel):
         "Tokens that end the answer, beside the model's own",
         f"at most {MAX_STOP_IDS} token ids of the vocabulary",
     )
+    response_format: ResponseFormat | None = _field(
+        None,
+        "What the answer must be. At most one of this, `regex` and `grammar`",
+        '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}',
+    )
+    regex: str | None = _field(
+        None,
+        "A regular expression that the whole answer matches",
+        f"1 to {MAX_REGEX_CHARS} characters, without look-around and back-references",
+        min_length=1,
+        max_length=MAX_REGEX_CHARS,
+    )
+    grammar: str | None = _field(
+        None,
+        "A grammar in Lark's words that the whole answer follows, from its rule `start`",
+        f"1 to {MAX_GRAMMAR_CHARS} characters",
+        min_length=1,
+        max_length=MAX_GRAMMAR_CHARS,
+    )
     ignore_eos: bool = _switch("Go on after the model's own end-of-sequence tokens")
     logprobs: int | None = _integer(None, "Tell log-probabilities: of the drawn token and the k likeliest", 0, 20)
     n: int = _integer(1, "How many answers; the first has the given seed, the others seeds made from it", 1, 8)
     stream: bool = _switch("Answer with server-sent events, one for each token")
+    progress: bool = _switch(
+        "While there is no token yet, tell the place in the queue and how far the prompt has come, as comments in the "
+        "stream. Only with `stream`"
+    )
     echo: bool = _switch("Begin the text with the prompt's; log-probabilities are of generated tokens all the same")
     timeout_s: float | None = _number_above(
         None, "End as `timeout` after so long, waiting included; absent is the server's own limit", 0, 86400
@@ -106,6 +157,11 @@ class GenerateRequest(BaseModel):
     queue_timeout_s: float | None = _number_above(None, "End as `timeout` if it still waits after so long", 0, 86400)
     priority: int = _integer(
         0, "One of two: -1 goes ahead of the others, until those have waited long; 0 is the usual one", -1, 0
+    )
+    on_overflow: Literal["reject", "truncate_left"] = _field(
+        "reject",
+        "What to do with a prompt that fills the context",
+        "reject, or truncate_left to keep its end and leave room for max_tokens, at most half of the context",
     )
     resumable: bool = _switch(
         "Go on when the client leaves: it can be read again by its id, and is cancelled when nobody has for a while"

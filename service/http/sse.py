@@ -1,61 +1,78 @@
 """Server-sent events: framing, event ids, the end of a stream, and what happens when its reader goes or stalls.
 
 It knows no JSON and no dialect. Lines end in LF, since many clients split on LF LF; a frame is always whole. The id of
-an event is `<request id>:<tokens so far>`, with several choices a count for each: `<id>:12,9`. After the one terminal
-event comes `data: [DONE]`, whatever has happened before. Only where this process stops and the request goes on, the
-stream just ends: its reader shall come back with the last id, and `retry` says how soon.
+an event is `<request id>:<tokens so far>`, with several choices a count for each: `<id>:12,9`. At the end comes the
+dialect's one terminal group, whatever has happened before. Only where this process stops and the request goes on, the
+stream just ends: its reader shall come back with the last id, and `retry` says how soon. Readers of a dialect whose
+clients never do are told an error, unless they have said that they will (`resumable`).
+
+A comment is one line, without an empty one after it: to the parser of OpenAI's Python client that would be the end of
+an event without data, once an event had an id, and it breaks on that.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from service.errors import Handover
-from service.http.generation import Generation
-from service.http.reply import Native
+from service.http.generation import Generation, Piece
+from service.http.reply import Dialect, progress
 
 PING_S = 10  # a comment at least this often, so that proxies and half-open connections are noticed
 STUCK_S = 30  # a client that takes nothing for so long is cut
-COMMENT = ServerSentEvent(comment="waiting", sep="\n").encode()
+COMMENT = b": waiting\n"
 RETRY = b"retry: 1000\n"  # milliseconds
 HANDED_OVER = b": this server stops; read on with the last event id\nretry: 200\n\n"
-DONE = b"data: [DONE]\n\n"
 HEAD = "millrace.head"  # in a scope: the request was a HEAD before it was made a GET
+SEND = "millrace.send"  # in a scope: `send` as it was outside of what looks only at how a response begins
 
 logger = logging.getLogger(__name__)
 
 
-async def events(generation: Generation, dialect: Native) -> AsyncGenerator[bytes, None]:
-    """Frames: those of one log entry in one write, then the terminal event and `[DONE]`."""
-    counts = generation.positions()
-    id, opening, is_one = generation.intake.id.encode(), RETRY, len(counts) == 1
+class Frames:
+    """The events of one stream as bytes: each with its id, those of one log entry together, then the terminal group."""
 
-    def frame(data: bytes) -> bytes:
-        told = b"%d" % counts[0] if is_one else b",".join([b"%d" % count for count in counts])
-        return b"id: %b:%b\ndata: %b\n\n" % (id, told, data)
+    def __init__(self, generation: Generation, dialect: Dialect) -> None:
+        self._generation, self._dialect, self._opening = generation, dialect, RETRY
+        self._counts, self._seen = generation.positions(), [0] * len(generation.choices)
+        self._head, self._is_one = b"id: %b:" % generation.intake.id.encode(), len(self._counts) == 1
 
-    try:
-        async with aclosing(generation.pieces()) as batches:
-            async for pieces in batches:
-                frames = [opening]
-                for piece in pieces:
-                    counts[piece.choice] += 1
-                    frames.append(frame(dialect.delta(piece)))
-                yield b"".join(frames)
-                opening = b""
-    except Handover:
-        generation.hand_over()
-        yield HANDED_OVER
-        return
-    except Exception as error:
-        generation.fail(error)
-    counts = generation.positions()
-    yield opening + frame(dialect.terminal(generation)) + DONE
+    def first(self) -> bytes:
+        """What comes before any token, perhaps nothing."""
+        event = self._dialect.opening()
+        return self._with_opening(self._frame(event)) if event else b""
+
+    def of(self, pieces: Sequence[Piece]) -> bytes:
+        """Those of some tokens, in order; of what the reader has, nothing."""
+        counts, seen, frames = self._counts, self._seen, b""
+        for piece in pieces:
+            index, event = piece.choice, self._dialect.delta(piece)
+            seen[index] += 1
+            if seen[index] > counts[index]:
+                counts[index] += 1
+                if event:
+                    frames += self._frame(event)
+        return self._with_opening(frames) if frames and self._opening else frames
+
+    def last(self) -> bytes:
+        """The terminal group."""
+        self._counts = self._generation.positions()
+        return self._with_opening(self._frame(self._dialect.ending(self._generation)))
+
+    def _frame(self, event: bytes) -> bytes:
+        counts = self._counts
+        if self._is_one:
+            return b"%b%d\n%b" % (self._head, counts[0], event)
+        return b"%b%b\n%b" % (self._head, b",".join([b"%d" % count for count in counts]), event)
+
+    def _with_opening(self, frames: bytes) -> bytes:
+        opening, self._opening = self._opening, b""
+        return opening + frames
 
 
 class EventStream(EventSourceResponse):
@@ -66,10 +83,17 @@ class EventStream(EventSourceResponse):
     a thousand streams. Also it would end every stream half a second after SIGTERM, without a last event.
     """
 
-    def __init__(self, generation: Generation, dialect: Native) -> None:
-        url = f"/generate/{generation.intake.id}"  # a client that is cut off before the first event needs it
-        self._generation, self._frames = generation, events(generation, dialect)
-        super().__init__(self._frames, headers={"Content-Location": url})
+    def __init__(
+        self,
+        generation: Generation,
+        dialect: Dialect,
+        headers: Mapping[str, str] | None = None,
+        with_progress: bool = False,
+    ) -> None:
+        self._generation, self._frames = generation, Frames(generation, dialect)
+        self._dialect, self._with_progress = dialect, with_progress
+        # A client that is cut off before the first event needs to know where to go on.
+        super().__init__(iter(()), headers={"Content-Location": dialect.location, **(headers or {})})
         self._loop = asyncio.get_running_loop()
         self._life = asyncio.timeout(None)  # runs out when the client leaves or takes nothing
         self._sending_since_s: float | None = None
@@ -80,7 +104,7 @@ class EventStream(EventSourceResponse):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             if not scope.get(HEAD):
-                await self._stream(receive, send)
+                await self._stream(receive, scope.get(SEND, send))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             logger.debug("request %s: its client left", self._generation.intake.id)
@@ -91,22 +115,52 @@ class EventStream(EventSourceResponse):
             await self._generation.close()
 
     async def _stream(self, receive: Receive, send: Send) -> None:
-        async with self._life, aclosing(self._frames) as frames:
+        async with self._life:
             self._spawn(self._listen(receive))
+            if self._with_progress:
+                self._spawn(self._tell_progress(send))
             self._timer = self._loop.call_later(PING_S, self._look, send)
             try:
-                async for frame in frames:
-                    await self._send(send, frame)
+                await self._loop.create_task(self._pass_on(send))
             finally:
                 self._timer.cancel()
                 for task in self._others:
                     task.cancel()
+
+    async def _pass_on(self, send: Send) -> None:
+        """A task of its own, for a token wakes every coroutine from the task's first to the one that waits for it, and
+        below the framework's there are two dozen."""
+        generation, frames = self._generation, self._frames
+        if first := frames.first():
+            await self._send(send, first)
+        try:
+            async with aclosing(generation.pieces()) as batches:
+                async for pieces in batches:
+                    if body := frames.of(pieces):
+                        await self._send(send, body)
+        except Handover as handover:
+            told = self._dialect.interruption(handover) if generation.cancels else b""
+            generation.hand_over()
+            await self._send(send, told or HANDED_OVER)
+            return
+        except Exception as error:
+            generation.fail(error)
+        await self._send(send, frames.last())
 
     async def _send(self, send: Send, body: bytes) -> None:
         if self._sending_since_s is None:
             self._sending_since_s = self._loop.time()
         await send({"type": "http.response.body", "body": body, "more_body": True})
         self._sending_since_s = None
+
+    async def _tell_progress(self, send: Send) -> None:
+        """While there is no token. What fails here is not the client's concern: its events tell what matters."""
+        try:
+            async with aclosing(self._generation.standings()) as standings:
+                async for standing in standings:
+                    await self._send(send, progress(standing))
+        except Exception as error:
+            logger.warning("request %s: its progress can't be told", self._generation.intake.id, exc_info=error)
 
     async def _listen(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -6,11 +6,11 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.errors import Handover, MillraceError, Unavailable
+from service.errors import Handover, Unavailable
 from service.http.generation import Generation, Piece
 from service.http.intake import Intake
-from service.http.problems import HANDOVER_RETRY_S, problem_response
-from service.http.reply import Native
+from service.http.problems import HANDOVER_RETRY_S
+from service.http.reply import Dialect
 
 CLIENT_GONE = 499  # nobody reads it; it is for the access log
 
@@ -22,7 +22,7 @@ def submitted(intake: Intake) -> Response:
     return Response(orjson.dumps(about), 202, {"Location": url}, "application/json")
 
 
-async def whole(request: Request, generation: Generation, dialect: Native) -> Response:
+async def whole(request: Request, generation: Generation, dialect: Dialect) -> Response:
     """The answer, once it is there. The generation is closed, whether the client has waited for that or not."""
     answer = asyncio.create_task(_answer(generation, dialect))
     gone = asyncio.create_task(_gone(request))
@@ -39,19 +39,19 @@ async def whole(request: Request, generation: Generation, dialect: Native) -> Re
         await generation.close()
 
 
-async def _answer(generation: Generation, dialect: Native) -> Response:
+async def _answer(generation: Generation, dialect: Dialect) -> Response:
     pieces: list[Piece] = []
     try:
         async for batch in generation.pieces():
             pieces += batch
     except Handover as handover:
         generation.hand_over()
-        return problem_response(Unavailable(f"{handover}: {generation.intake.id}", HANDOVER_RETRY_S))
+        return dialect.refusal(Unavailable(f"{handover}: {generation.intake.id}", HANDOVER_RETRY_S))
     except Exception as error:
         generation.fail(error)
-    failure = generation.error()
+    failure = dialect.failure(generation)
     if failure is not None:
-        return problem_response(MillraceError(failure))
+        return dialect.refusal(failure)
     return Response(dialect.whole(generation, pieces), media_type="application/json")
 
 

@@ -252,7 +252,7 @@ async def replay(port: int, id: str, after: str = "") -> Reading:
     return reading
 
 
-async def until(holds: Callable[[], bool], what: str, guard_s: float = 30.0) -> None:
+async def until(holds: Callable[[], bool], what: str, guard_s: float = 60.0) -> None:
     """Wait for a condition; raises `AssertionError` when it has not come within the hang guard."""
     deadline_s = time.monotonic() + guard_s
     while not holds():

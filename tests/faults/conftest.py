@@ -20,6 +20,7 @@ from tests.model.conftest import TINY, random_decoder, save_folder
 HERE = Path(__file__).parent
 # About 4 ms a step on one core: 300 tokens last a second and more, which is long for a fault.
 STORYTELLER = replace(TINY, hidden_size=128, num_layers=8, max_position=1024)
+HANG_S = 300  # on a machine that has other things to do too
 MISSING = missing()
 REQUIRED = os.environ.get("REQUIRE_REDIS") == "1"
 MakeCluster = Callable[..., Cluster]
@@ -31,6 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.faults)
+            item.add_marker(pytest.mark.timeout(HANG_S))
             if MISSING and not REQUIRED:
                 item.add_marker(pytest.mark.skip(reason=MISSING))
 
@@ -57,7 +59,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def oracle(model_folder: Path) -> Unfailed:
     """The unfailed runs, shared by all tests."""
-    return Unfailed(model_folder)
+    return Unfailed(model_folder, 250)
 
 
 @pytest.fixture
@@ -88,6 +90,7 @@ class House:
     oracle: Unfailed
     num_apis: int = 2
     num_workers: int = 2
+    drain_s: float = 0.5
     api_url: str = ""
     worker_url: str = ""
 
@@ -110,9 +113,9 @@ class House:
         for extra in (*self.cluster.toys, *self.apis[self.num_apis :], *self.workers[self.num_workers :]):
             extra.clear()
         while len(self.apis) < self.num_apis:
-            self.cluster.api("--drain-s", "0.5", redis_url=self.api_url)
+            self.cluster.api("--drain-s", str(self.drain_s), redis_url=self.api_url)
         while len(self.workers) < self.num_workers:
-            self.cluster.worker("--drain-s", "0.5", redis_url=self.worker_url)
+            self.cluster.worker("--drain-s", str(self.drain_s), redis_url=self.worker_url)
         self.cluster.until_ready()
 
     @contextmanager

@@ -52,7 +52,7 @@ def off_balance(api: Api) -> str | None:
     return None if balanced else f"{api.name}: accepted {accepted}, ended {ended}, in flight {in_flight}"
 
 
-def assert_clean(cluster: Cluster, fds: dict[str, int] | None = None, guard_s: float = 10.0) -> None:
+def assert_clean(cluster: Cluster, fds: dict[str, int] | None = None, guard_s: float = 30.0) -> None:
     """Within `guard_s` everything is as before. `fds` are descriptors of apis by name, before the load."""
     workers, apis = cluster.running_workers(), [api for api in cluster.apis if api.alive()]
 

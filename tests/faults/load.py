@@ -4,11 +4,12 @@ import asyncio
 import itertools
 import random
 import secrets
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from tests.faults.client import Ports, Reading, resilient, until
+from tests.faults.client import RETRY_S, Ports, Reading, replay, resilient, until
 from tests.faults.history import Oracle, asked, assert_exact
 from tests.faults.redis_server import RedisServer
 
@@ -16,7 +17,7 @@ PROMPTS = ("Once upon a time", "The road to the town was long.", "x" * 90, "Ã„ Ã
 SEEDS = 2
 
 
-def bodies(num: int, max_tokens: int = 250, **fields: object) -> list[dict[str, Any]]:
+def bodies(num: int, max_tokens: int = 150, **fields: object) -> list[dict[str, Any]]:
     """So many requests of few kinds, so that the unfailed run of each need not be computed anew."""
     kinds = itertools.islice(itertools.cycle(itertools.product(PROMPTS, range(SEEDS))), num)
     return [asked(prompt, seed, max_tokens, **fields) for prompt, seed in kinds]
@@ -63,11 +64,27 @@ class Load:
         await until(lambda: any(reading.num_tokens >= num for reading in self.readings), f"a stream with {num} tokens")
 
     async def all_exact(self, oracle: Oracle, statuses: tuple[int, ...] = (200,)) -> None:
-        """Wait for all, compare all, and see to it that no answer had another status than these."""
+        """Wait for all, compare all, and see to it that no answer had another status than these. Then read all of it
+        again: the bytes of every event must be those that came while things were failing."""
         await asyncio.gather(*self._tasks)
         assert_exact(self.readings, oracle)
         told = {status for reading in self.readings for status in reading.statuses}
         assert told <= set(statuses), told
+        again = await asyncio.gather(*(self._read_again(reading.id) for reading in self.readings))
+        for first, second in zip(self.readings, again, strict=True):
+            assert (second.violations, second.statuses) == ([], [200]), (second.violations, second.parts[-1])
+            pairs = itertools.zip_longest(first.data(), second.data())
+            changed = [pair for pair in pairs if pair[0] != pair[1]]
+            assert not changed, f"{len(changed)} events of {first.id} changed, the first of them: {changed[0]}"
+
+    async def _read_again(self, id: str) -> Reading:
+        """Whole. An API that has not found Redis again yet says 503, and to come back."""
+        until_s = time.monotonic() + self._give_up_s
+        while True:
+            reading = await replay(self._ports()[-1], id)
+            if reading.statuses != [503] or time.monotonic() > until_s:
+                return reading
+            await asyncio.sleep(RETRY_S)
 
     def longest_gap_s(self) -> float:
         """The longest that any client had to wait between two events."""
@@ -84,15 +101,14 @@ class Load:
         return await resilient(ports, reading.body, key=key, give_up_s=self._give_up_s, reading=reading)
 
 
-def attempts(redis: RedisServer) -> list[int]:
-    """How often each request that Redis knows was claimed."""
-    cli = redis.cli()
-    return [int(cli.hget(key, "at") or 0) for key in cli.scan_iter("millrace:{0}:r:*", count=1000)]
+def attempts(redis: RedisServer, readings: Sequence[Reading]) -> list[int]:
+    """How often each of these requests was claimed."""
+    return [int(redis.cli().hget(f"millrace:{{0}}:r:{reading.id}", "at") or 0) for reading in readings]
 
 
-def num_take_overs(redis: RedisServer) -> int:
-    """Claims beyond the first of each request."""
-    return sum(max(0, num - 1) for num in attempts(redis))
+def num_take_overs(redis: RedisServer, readings: Sequence[Reading]) -> int:
+    """Claims beyond the first of each of these requests."""
+    return sum(max(0, num - 1) for num in attempts(redis, readings))
 
 
 def num_running(redis: RedisServer) -> int:

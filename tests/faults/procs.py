@@ -20,13 +20,14 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from service.broker.redis import hand_back
 from tests.faults import toy
 from tests.faults.redis_server import RedisServer, free_port
 
 FORKS = multiprocessing.get_context("forkserver")
 ROOT = Path(__file__).parent.parent.parent
 START_S = 60.0  # a hang guard
-GUARD_S = 30.0
+GUARD_S = 60.0
 
 
 def wait(holds: Callable[[], bool], what: str, guard_s: float = GUARD_S) -> float:
@@ -34,7 +35,7 @@ def wait(holds: Callable[[], bool], what: str, guard_s: float = GUARD_S) -> floa
     began_s = time.monotonic()
     while not holds():
         assert time.monotonic() - began_s < guard_s, f"not within {guard_s:.0f} s: {what}"
-        time.sleep(0.01)
+        time.sleep(0.03)
     return time.monotonic() - began_s
 
 
@@ -59,7 +60,7 @@ class Process:
     def children(self) -> list[psutil.Process]:
         """Every process below it, alive."""
         with suppress(psutil.NoSuchProcess):
-            return [child for child in psutil.Process(self.pid).children(recursive=True) if _runs(child)]
+            return [child for child in psutil.Process(self.pid).children(recursive=True) if runs(child)]
         return []
 
     def kill9(self) -> None:
@@ -177,6 +178,7 @@ class Toy(Process):
 
     def __init__(self, name: str, argv: Sequence[str], log: Path) -> None:
         self.name, self.log = name, log
+        self._url = argv[argv.index("--redis-url") + 1]
         FORKS.set_forkserver_preload(["tests.faults.toy"])
         self._process = FORKS.Process(target=toy.forked, args=(argv, str(log)), name=name, daemon=True)
         self._process.start()
@@ -195,6 +197,10 @@ class Toy(Process):
 
     def term(self) -> None:
         self._process.terminate()
+
+    def hand_back(self) -> None:
+        """Once it is dead: what its keeper would do if it had one, and if it had failed by itself."""
+        hand_back(self._url, self.said().partition("working as ")[2].split()[0], failed=True)
 
     def exit_code(self, guard_s: float = GUARD_S) -> int:
         self._process.join(guard_s)
@@ -280,7 +286,8 @@ class Cluster:
         return f"{self._num_started:02d}-{kind}"
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
+    """Whether it is alive, and not only waited for."""
     with suppress(psutil.NoSuchProcess):
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     return False

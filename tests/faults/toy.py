@@ -4,7 +4,7 @@ with one failpoint between them. Without a keeper, so what it held comes back wh
     python -m tests.faults.toy --redis-url URL --model DIR --engine toy --step-s 0.01 --fail kill:sent --at 20
 
 A failpoint is `<what>:<where>`; it strikes once, at the `--at`-th time that the place is passed with something there.
-what: `kill` (SIGKILL to itself), `stop` (SIGSTOP to itself), `hang` (this thread never goes on).
+what: `kill` (SIGKILL to itself), `stop` (SIGSTOP to itself).
 where: `prefill` (computed a part of a prompt, nothing drawn yet), `compute` (computed, not handed over to be
 committed), `commit` (about to be sent), `sent` (executed in Redis, not heard of), `final` (the same, with an end in
 it), `claim` (claimed in Redis, not heard of), `poison` (about to compute a request whose prompt begins with `POISON`
@@ -31,7 +31,6 @@ from model.request import Delta, Finish, FinishReason, Request
 from service.broker.base import Job, Verdict, WorkerSide
 from service.broker.redis import PROTOCOL, Link, WorkerInfo
 from service.broker.redis_work import RedisWork
-from service.work import Watchdog
 from service.worker import EngineSide, Worker
 
 POISON = (7, 7, 7)
@@ -100,8 +99,6 @@ class Failpoint:
     def fail(self) -> None:
         """Do it, now."""
         print(f"failpoint {self.what}:{self.where}", flush=True)
-        if self.what == "hang":
-            threading.Event().wait()
         os.kill(os.getpid(), signal.SIGKILL if self.what == "kill" else signal.SIGSTOP)
 
 
@@ -141,9 +138,10 @@ class FailingEngine:
             self._failpoint.strike("poison")
         deltas = self._engine.step()
         self._pause.wait(self._throttle_s)
-        if self._fresh - {delta.id for delta in deltas}:
+        deltas_with_ids = [delta for delta in deltas if delta.token_ids or delta.finish]
+        if self._fresh - {delta.id for delta in deltas_with_ids}:
             self._failpoint.strike("prefill")
-        for delta in deltas:
+        for delta in deltas_with_ids:
             self._fresh.discard(delta.id)
             self._lengths[delta.id] = delta.start + len(delta.token_ids)
             if delta.finish:
@@ -204,15 +202,14 @@ async def work(args: argparse.Namespace) -> None:
         engine, length = FailingEngine(toy, failpoint), config.max_position
     link = Link(args.redis_url, may_load=True)
     await link.open()
-    broker = RedisWork(link, f"toy-{os.getpid()}-{secrets.token_hex(4)}", info_of(args.model, length), args.lease_s)
+    name = f"toy-{os.getpid()}-{secrets.token_hex(4)}"
+    broker = RedisWork(link, name, info_of(args.model, length), args.lease_s)
     await broker.open()
     worker = Worker(FailingBroker(broker, failpoint), engine)
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     working = asyncio.create_task(worker.run())
-    watchdog = Watchdog(worker.progress_age_s, link.away_s, args.stuck_s)
-    threading.Thread(target=watchdog.run, name="watchdog", daemon=True).start()
-    print("working", flush=True)
+    print(f"working as {name}", flush=True)
     await stop.wait()
     await worker.drain(args.drain_s)
     await working
@@ -227,7 +224,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--lease-s", type=float, default=3.0)
     parser.add_argument("--drain-s", type=float, default=5.0)
-    parser.add_argument("--stuck-s", type=float, default=30.0)
     parser.add_argument("--engine", choices=["toy", "real"], default="toy")
     parser.add_argument("--step-s", type=float, default=0.0, help="length of a toy's step; added to a real engine's")
     parser.add_argument("--fail", default=":")

@@ -108,6 +108,13 @@ def test_logits_are_bitwise_independent_of_the_batch(make_engine: MakeEngine, re
     assert record and all(torch.equal(row, batched[key]) for key, row in record.items())
 
 
+def test_a_prompt_of_several_steps_tells_how_far_it_has_come(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_batch_tokens=16)
+    engine.add(Request("a", tuple(range(40)), SamplingParams(max_tokens=2)))
+    told = [(delta.num_computed, delta.start, len(delta.token_ids)) for delta in run(engine)["a"]]
+    assert told == [(16, 0, 0), (32, 0, 0), (0, 0, 1), (0, 1, 1)]
+
+
 def test_cancelling_frees_every_block_at_once(make_engine: MakeEngine) -> None:
     engine = make_engine(max_batch_tokens=16)
     for request in mixed_requests(10):

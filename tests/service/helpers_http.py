@@ -14,11 +14,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from model.config import GenerationDefaults
 from model.request import Finish, FinishReason, Request
 from model.tokenizer import Tokenizer
-from service.broker.base import Accepted, Entry, IdempotencyKey, QueueLoad, Timings
+from service.broker.base import Accepted, Entry, Glance, IdempotencyKey, QueueLoad, Timings
+from service.broker.log import Log
 from service.errors import IdempotencyConflict, RequestNotFound
 from service.http.app import create_app
+from service.http.backend import Backend
 from service.http.intake import Served
-from service.http.routes import Backend
 from service.metrics import OUTCOMES, Metrics
 
 STOP, LENGTH = Finish(FinishReason.STOP), Finish(FinishReason.LENGTH)
@@ -53,7 +54,8 @@ def hang(*entries: Entry) -> Script:
 
 @dataclass
 class FakeBroker:
-    """Plays `script` to whoever follows: entries, errors to raise, None to wait for ever. Keeps what was submitted."""
+    """Plays `script` to whoever follows: entries, errors to raise, None to wait for ever. Keeps what was submitted. Who
+    looks finds what is played up to the first wait, and what `position` says."""
 
     script: Script = field(default_factory=lambda: say("hello"))
     full: bool = False
@@ -62,6 +64,8 @@ class FakeBroker:
     requests: list[Request] = field(default_factory=list)
     keys: dict[str, tuple[str, str]] = field(default_factory=dict)  # of a body, and the group that it made
     num_loads: int = 0
+    num_looks: int = 0
+    position: int | None = None
     cancelled: list[str] = field(default_factory=list)
     waiting: asyncio.Event = field(default_factory=asyncio.Event)  # somebody waits for ever
 
@@ -93,6 +97,18 @@ class FakeBroker:
                 await asyncio.Event().wait()
             else:
                 yield entry
+
+    async def peek(self, id: str, tenant: str) -> Glance:
+        self.num_looks += 1
+        found = [request for request in self.requests if (request.id, request.tenant) == (id, tenant)]
+        if not found:
+            raise RequestNotFound(f"no request {id}")
+        log = Log()
+        for entry in self.script(found[0]):
+            if not isinstance(entry, Entry):
+                break
+            log.append(entry)
+        return Glance(log.since(0), self.position)
 
     async def cancel(self, id: str, tenant: str) -> None:
         self.cancelled.append(id)
@@ -161,7 +177,8 @@ class Door:
 def frames_of(text: str) -> list[str]:
     """A stream's data events as they were sent, `[DONE]` included; the first frame must say `retry`."""
     assert text.endswith("\n\n")
-    frames = [frame for frame in text.split("\n\n")[:-1] if not frame.startswith(":")]
+    text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(":"))
+    frames = text.split("\n\n")[:-1]
     assert [frame.startswith("retry: 1000\n") for frame in frames] == [True] + [False] * (len(frames) - 1)
     return [frame.removeprefix("retry: 1000\n") for frame in frames]
 
@@ -182,6 +199,7 @@ class Visitor:
     """An ASGI client that sends a body, or reads `id`, and leaves when `leave` is called or after so many messages."""
 
     leave_after = 0
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
     def __init__(self, app: FastAPI, id: str | None = None, query: bytes = b"", **fields: Any) -> None:
         self._app, self._body = app, json.dumps({"prompt": "hi", **fields}).encode()
@@ -215,7 +233,7 @@ class Visitor:
             "query_string": self._query,
             "root_path": "",
             "scheme": "http",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"host", b"test"), (b"content-type", b"application/json"), *self.headers],
             "server": ("test", 80),
             "client": ("test", 1),
         }

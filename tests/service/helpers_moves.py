@@ -8,7 +8,7 @@ from typing import TypeAlias
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.service.helpers_machine import KEEP, Ask, Delta, Reference
+from tests.service.helpers_machine import KEEP, Ask, Asked, Delta, Reference
 from tests.service.helpers_redis import LEASE_MS, START_MS
 from tests.service.helpers_stores import Store
 
@@ -101,9 +101,10 @@ class QueueMachine(RuleBasedStateMachine):
             self.asks |= {ask.id: ask for ask in group}
 
     @precondition(lambda self: self.asks)
-    @rule(pick=PICK, tenant=st.sampled_from([None, None, "x"]))
-    def cancel(self, pick: int, tenant: str | None) -> None:
-        ask = self.pick(pick)
+    @rule(pick=PICK, tenant=st.sampled_from([None, None, "x"]), running=st.booleans())
+    def cancel(self, pick: int, tenant: str | None, running: bool) -> None:
+        those = self.reference.those("r") if running else []
+        ask = those[pick % len(those)].ask if those else self.pick(pick)
         self.reference.cancel(ask.id, tenant or ask.tenant)
         self.store.cancel(ask.id, tenant or ask.tenant)
 
@@ -140,13 +141,30 @@ class QueueMachine(RuleBasedStateMachine):
         expected = self.reference.commit(worker, number, step, self.store.lease_ms)
         assert self.store.commit(worker, number, step) == expected
 
-    @rule(worker=WORKERS, num=st.integers(1, 3))
-    def work(self, worker: str, num: int) -> None:
-        """As an engine does, in the long run: everything it holds goes on."""
+    @rule(worker=WORKERS, num=st.integers(1, 3), wish=WISHES)
+    def work(self, worker: str, num: int, wish: Wish) -> None:
+        """As an engine does, in the long run: there is something to do, and everything it holds goes on."""
+        if len(self.reference.those("w")) < num:
+            self.submit(wish)
         self.claim(worker, num)
         for _ in range(num):
             held = self.held(worker, list(range(8)))
             self.write(worker, self.fresh(), [self.delta(*h, 1, "") for h in held])
+
+    @precondition(lambda self: self.with_a_deadline())
+    @rule(pick=PICK)
+    def run_out_of_time(self, pick: int) -> None:
+        """Of one that runs the deadline passes, while its worker lives."""
+        those = self.with_a_deadline()
+        r = those[pick % len(those)]
+        self.live(r.worker, max(0, (r.deadline or 0) - self.reference.now))
+
+    def with_a_deadline(self) -> list[Asked]:
+        return [r for r in self.reference.those("r") if r.deadline is not None and not r.doom]
+
+    def live(self, worker: str, ms: int) -> None:
+        """Time passes for everybody, and this worker does not die of it."""
+        raise NotImplementedError
 
     @rule(worker=WORKERS, picks=PICKS)
     def release(self, worker: str, picks: list[int]) -> None:

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from model.request import Delta, Finish, FinishReason, Request, SamplingParams, TextOptions, TokenLogprob
+from model.request import Delta, Finish, FinishReason, Grammar, Request, SamplingParams, TextOptions, TokenLogprob
 from service.broker.base import CANCELLED, IdempotencyKey, Job, Verdict
 from service.errors import IdempotencyConflict, Overloaded, RequestNotFound
 from tests.service.helpers_broker import STOP, ask, ask_group, ending, logprobs, read, reading, reason, token_ids
@@ -23,7 +23,8 @@ async def test_a_request_reaches_the_worker_as_it_was_submitted(make_broker: Mak
     sampling = SamplingParams(0.5, 3, logit_bias=((7, -1.5),), seed=2**63 - 1, stop_token_ids=(1, 2), num_logprobs=2)
     far_s = rig.now_s() + 1000.25
     text = TextOptions(("ö",), echo=True)
-    request = Request("a", (5, 6), sampling, text, "name", "me", 4, 1000.5, far_s, far_s, 1000.0)
+    grammar = Grammar("regex", "[0-9]+")
+    request = Request("a", (5, 6), sampling, text, grammar, "name", "me", 4, 1000.5, far_s, far_s, 1000.0)
     await rig.requests.submit([request])
     assert await claim(rig) == [Job(request)]
 

@@ -75,6 +75,9 @@ class MemoryMachine(QueueMachine):
             self.reference.reap()
         self.store.pass_ms(ms)
 
+    def live(self, worker: str, ms: int) -> None:
+        self.time_passes(ms)
+
     @precondition(lambda self: self.asks)
     @rule(pick=PICK)
     def follow_or_leave(self, pick: int) -> None:
@@ -166,6 +169,12 @@ class RedisMachine(QueueMachine):
     def time_passes(self, ms: int) -> None:
         self.reference.now += ms
         self.store.pass_ms(ms)
+
+    def live(self, worker: str, ms: int) -> None:
+        for left_ms in range(ms, 0, -2_000):
+            self.time_passes(min(left_ms, 2_000))
+            self.beat(worker, [0])
+        self.reap()
 
     @rule()
     def reap(self) -> None:
@@ -292,7 +301,7 @@ class RedisMachine(QueueMachine):
 def profile(share: float) -> settings:
     """`share` of the examples, each of 50 steps."""
     return settings(
-        max_examples=int((NUM_EXAMPLES or 300) * share),
+        max_examples=int((NUM_EXAMPLES or 240) * share),
         stateful_step_count=50,
         derandomize=not NUM_EXAMPLES,
         deadline=None,

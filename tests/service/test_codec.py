@@ -1,14 +1,14 @@
 """What is written can be read again exactly, and what can't be read is refused."""
 
 from types import GenericAlias
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.request import Delta, Finish, FinishReason, Request, SamplingParams, TextOptions, TokenLogprob
+from model.request import Delta, Finish, FinishReason, Grammar, Request, SamplingParams, TextOptions, TokenLogprob
 from service.broker.base import Entry
 from service.broker.codec import VERSION, CodecError, decode_entry, decode_request, encode_entry, encode_request
 
@@ -30,8 +30,11 @@ def strategies() -> dict[Any, st.SearchStrategy[Any]]:
         GenericAlias(tuple, (hint, ...)): st.lists(drawn, max_size=4).map(tuple) for hint, drawn in simple.items()
     }
     known[tuple[tuple[int, float], ...]] = st.lists(st.tuples(INTS, FLOATS), max_size=3).map(tuple)
-    for cls in (SamplingParams, TextOptions, TokenLogprob, Finish):
+    kind = get_type_hints(Grammar)["kind"]
+    known[kind] = st.sampled_from(get_args(kind))
+    for cls in (SamplingParams, TextOptions, TokenLogprob, Finish, Grammar):
         known[cls] = every_field_of(cls, known)
+    known[Grammar | None] = st.none() | known[Grammar]
     known[Finish | None] = st.none() | known[Finish]
     known[tuple[TokenLogprob, ...]] = st.lists(known[TokenLogprob], max_size=3).map(tuple)
     return known

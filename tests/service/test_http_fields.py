@@ -34,6 +34,9 @@ NULLABLE = {"model", "temperature", "top_k", "top_p", "min_p", "repetition_penal
     "logprobs",
     "timeout_s",
     "queue_timeout_s",
+    "response_format",
+    "regex",
+    "grammar",
 }
 ODD = [0, -1, 1, 1.5, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf"), -0.0, "1", "", "\ud800", True, None]
 ODD += [[], {}, [1], [-1], [256], [True], ["a"] * 17, [[]], {"7": 1}, {"07": 1}, {"256": 1}, {"1e3": 1}, {"\ud800": 1}]

@@ -123,3 +123,19 @@ async def test_a_client_that_leaves_has_stopped_its_generation(num_tokens: int) 
     await visit
     assert door.broker.cancelled == [request.id for request in door.broker.requests]
     assert door.books() == {"accepted": 2, "in_flight": 0, "cancelled": 2}
+
+
+async def test_what_is_for_later_has_nobody_to_stream_to() -> None:
+    response = await Door().generate(background=True, stream=True)
+    assert (response.status_code, response.json()["errors"][0]["field"]) == (422, "background")
+
+
+@pytest.mark.parametrize("max_tokens, num_left", [(10, 54), (1000, 32)])
+async def test_a_prompt_that_fills_the_context_may_lose_its_beginning(max_tokens: int, num_left: int) -> None:
+    door = Door()
+    assert (await door.generate("a" * 80)).status_code == 422
+    cut = await door.generate("a" * 80 + "b", on_overflow="truncate_left", max_tokens=max_tokens)
+    assert cut.status_code == 200
+    (request,) = door.broker.requests
+    assert TOKENIZER.decode(request.prompt_ids) == "a" * (num_left - 1) + "b"
+    assert request.sampling.max_tokens == 64 - num_left

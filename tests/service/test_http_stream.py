@@ -148,7 +148,7 @@ async def test_who_waits_hears_comments(monkeypatch: pytest.MonkeyPatch) -> None
     visitor = Visitor(door.app, stream=True)
     visitor.leave_after = 4
     await visitor.visit()
-    assert visitor.text.startswith(": waiting\n\n" * 3)
+    assert visitor.text.startswith(": waiting\n" * 3)
     assert door.books() == {"accepted": 1, "in_flight": 0, "cancelled": 1}
 
 

@@ -8,13 +8,13 @@ import pytest
 
 from model.request import SamplingParams
 from service.errors import InvalidRequest, MillraceError, ModelNotFound, PromptTooLong
-from service.http.intake import MAX_INLINE_CHARS, Intake, take_in
+from service.http.intake import MAX_INLINE_CHARS, Asked, Intake, take_in
 from service.http.schemas import GenerateRequest
 from tests.service.helpers_http import SERVED, TOKENIZER
 
 
 async def intake(**fields: Any) -> Intake:
-    return await take_in(GenerateRequest.model_validate({"prompt": "hi"} | fields), SERVED)
+    return await take_in(Asked(GenerateRequest.model_validate({"prompt": "hi"} | fields)), SERVED)
 
 
 async def test_a_bare_prompt_gets_the_models_defaults() -> None:
@@ -60,13 +60,13 @@ async def test_a_request_that_names_no_time_gets_the_servers() -> None:
     (request,) = (await intake()).group
     assert request.deadline_s == request.created_s + 3600
     body = GenerateRequest(prompt="hi")
-    (request,) = (await take_in(body, replace(SERVED, max_request_s=20.0))).group
+    (request,) = (await take_in(Asked(body), replace(SERVED, max_request_s=20.0))).group
     assert request.deadline_s == request.created_s + 20
 
 
 @pytest.mark.parametrize("fields", [{}, {"resumable": True}])
 async def test_what_needs_a_reader_is_given_up_without_one(fields: dict[str, Any]) -> None:
-    taken = await take_in(GenerateRequest(prompt="hi", n=2, **fields), replace(SERVED, orphan_s=5.0))
+    taken = await take_in(Asked(GenerateRequest(prompt="hi", n=2, **fields)), replace(SERVED, orphan_s=5.0))
     assert [request.orphan_s for request in taken.group] == [5.0, 5.0]
 
 
@@ -102,7 +102,6 @@ async def test_an_overlong_prompt_is_told_in_numbers(prompt: Any) -> None:
         ({"stop_token_ids": [256]}, "stop_token_ids"),
         ({"logit_bias": {"256": 1}}, "logit_bias"),
         ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
-        ({"background": True, "stream": True}, "background"),
     ],
 )
 async def test_what_only_the_model_can_tell_is_checked_here(fields: dict[str, Any], field: str) -> None:
@@ -120,7 +119,7 @@ async def test_text_that_makes_no_token_is_refused() -> None:
             return []
 
     with pytest.raises(InvalidRequest):
-        await take_in(GenerateRequest(prompt="hi"), replace(SERVED, tokenizer=Mute()))
+        await take_in(Asked(GenerateRequest(prompt="hi")), replace(SERVED, tokenizer=Mute()))
 
 
 async def test_another_models_name_is_refused() -> None:

@@ -43,8 +43,11 @@ const show = (method, path, route, parent) => {
   }
 };
 
-const api = await (await fetch("/openapi.json")).json();
+const key = sessionStorage.getItem("millrace.key"); // as the chat page keeps it
+const answer = await fetch("/openapi.json", { headers: key ? { authorization: `Bearer ${key}` } : {} });
 const routes = document.getElementById("routes");
+if (answer.status === 401) make("p", "This server asks for a key: give it to the chat page in this tab, then come back.", routes);
+const api = answer.ok ? await answer.json() : { paths: {} };
 for (const [path, methods] of Object.entries(api.paths)) {
   for (const [method, route] of Object.entries(methods)) show(method, path, route, routes);
 }
