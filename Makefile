@@ -13,7 +13,7 @@ KILLS  ?=
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events load clients fuzz clean
+.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu load clients fuzz clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench-streams  a thousand streams of a toy engine over Redis: latency, CPU, memory of each process"
 	@echo "make bench-commit   how long Redis takes for one step of 64 requests"
 	@echo "make bench-events   events/s of the HTTP half alone, beside sse-starlette and a bare ASGI loop"
+	@echo "make bench-gpu      the engine on a GPU, with nothing installed but torch, triton, transformers (PYTHON=python3)"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
 	@echo "make fuzz    50,000 requests from /openapi.json, spoilt HTTP and silent sockets against a server of its own"
 	@echo "make clients other people's clients, each in its own environment, against a server: a table of what passed"
@@ -63,6 +64,10 @@ bench-commit: $(VENV)/dev.stamp
 
 bench-events: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.bench_events $(ARGS)
+
+# With the Python that has torch for CUDA, triton, transformers and safetensors: PYTHON=
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) -m loadtests.bench_gpu $(ARGS)
 
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)

@@ -93,3 +93,4 @@ class EngineConfig:
     max_batch_tokens: int = 512  # tokens computed in one step: prompts are cut into chunks that fit
     block_size: int = 16  # tokens of one cache block
     num_blocks: int = 0
+    deterministic: bool = False  # on a GPU: matrix products that are slower and don't depend on the batch

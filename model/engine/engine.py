@@ -12,15 +12,17 @@ service types; the same object serves HTTP and five lines of library code:
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from model.assemble import Assembler
 from model.config import EngineConfig
-from model.engine.runner import Computed, Runner
-from model.engine.scheduler import Outcome, Scheduler, StepPlan
+from model.engine.paths import StepRunner, make_runner
+from model.engine.runner import Computed
+from model.engine.scheduler import Chunk, Outcome, Scheduler, StepPlan
 from model.engine.sequence import Sequence
 from model.engine.sizing import choose_device, choose_dtype, size_engine
 from model.families.registry import read_config
@@ -50,14 +52,26 @@ class EngineStats:
     last_rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A plan, and what the runner made of it; None: there was nothing to compute."""
+
+    plan: StepPlan
+    flight: Any
+
+
 class Engine:
     """Continuous batching over one network. Every added request ends with exactly one delta that has a `finish`, unless
     it is cancelled: then its blocks are free at once and no more is said of it."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig, runner: StepRunner | None = None
+    ) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.scheduler = Scheduler(config)
-        self.runner = Runner(decoder, config)
+        self.runner = runner or make_runner(decoder, config)
+        self._flying: _Step | None = None  # started, while the one before it is told
+        self._planned: StepPlan | None = None  # to be started once the one before it is told
         self._assemblers: dict[str, Assembler] = {}  # of requests with stop strings only
         shape, control = decoder.config, tokenizer.control_ids.union(decoder.config.eos_ids)
         self._grammars = Grammars(tokenizer.token_bytes, tokenizer.vocab_size, control, shape.vocab_size)
@@ -75,8 +89,12 @@ class Engine:
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         cache_gib: float | None = None,
+        deterministic: bool = False,
     ) -> "Engine":
-        """An engine for a Hugging Face folder. Raises `CheckpointError` and `EngineConfigError`, one line each."""
+        """An engine for a Hugging Face folder; for `deterministic` see `EngineConfig`.
+
+        Raises `CheckpointError` and `EngineConfigError`, one line each.
+        """
         folder = Path(folder)
         config = read_config(folder)
         tokenizer = Tokenizer.load(folder)
@@ -91,7 +109,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             cache_gib=cache_gib,
         )
-        return cls(decoder, tokenizer, sized)
+        return cls(decoder, tokenizer, replace(sized, deterministic=deterministic))
 
     def add(self, request: Request, so_far: Seq[int] = ()) -> None:
         """Take a request in; `so_far` are output ids that it already has, which are not told again."""
@@ -120,7 +138,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.scheduler.has_work or bool(self._ended or self._unmatched)
+        return self.scheduler.has_work or bool(self._ended or self._unmatched or self._flying or self._planned)
 
     def room(self) -> int:
         """How many more requests are welcome: the seats, and a few to take the place of those that end."""
@@ -130,20 +148,48 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Compute one step: at most one new id for each running request, who ended, and of a prompt that takes several
-        steps how far it has come."""
+        steps how far it has come.
+
+        A device that can run ahead is given the next step before this one's ids are looked at, so that it never waits
+        for the host. Whoever turns out to have ended by then is computed once more, in vain.
+        """
         if self._unmatched:
             self._take_matchers()
-        plan = self.scheduler.plan()
-        done = self.runner.run(plan) if plan.chunks else Computed()
+        step = self._flying or self._start(self._alive(self._planned) or self.scheduler.plan())
+        self._flying = self._planned = None
+        if step.flight is not None and self.runner.can_run_ahead(step.plan):
+            self.scheduler.advance(step.plan)
+            following = self.scheduler.plan()
+            if self.runner.can_run_ahead(following):
+                self._flying = self._start(following) if following.chunks else None
+            else:
+                self._planned = following
+        return self._tell(step)
+
+    def _alive(self, plan: StepPlan | None) -> StepPlan | None:
+        """A plan made earlier, without the sequences that have ended since."""
+        if plan is None or all(self.scheduler.owns(chunk.sequence) for chunk in plan.chunks):
+            return plan
+        return replace(plan, chunks=tuple(chunk for chunk in plan.chunks if self.scheduler.owns(chunk.sequence)))
+
+    def _start(self, plan: StepPlan) -> _Step:
+        return _Step(plan, self.runner.start(plan) if plan.chunks else None)
+
+    def _is_reading(self, chunk: Chunk) -> bool:
+        return not chunk.draws and self.scheduler.owns(chunk.sequence)
+
+    def _tell(self, step: _Step) -> list[Delta]:
+        done = Computed() if step.flight is None else self.runner.collect(step.flight)
         deltas, self._ended = self._ended, []
         for sequence in done.failed:
-            self.cancel(sequence.id)
-            finish = (sequence.matcher and sequence.matcher.finish) or NOT_FINITE
-            deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=finish))
-        for outcome in self.scheduler.commit(plan, done.token_ids):
+            if self.scheduler.owns(sequence):
+                self.cancel(sequence.id)
+                finish = (sequence.matcher and sequence.matcher.finish) or NOT_FINITE
+                deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=finish))
+        for outcome in self.scheduler.commit(step.plan, done.token_ids):
             deltas.append(self._delta(outcome, done.logprobs.get(outcome.sequence.id)))
-        deltas += [_progress(c.sequence) for c in plan.chunks if not c.draws and c.sequence not in done.failed]
-        self._count(plan, sum(len(delta.token_ids) for delta in deltas))
+        deltas += [_progress(chunk.sequence) for chunk in step.plan.chunks if self._is_reading(chunk)]
+        self._count(step.plan, sum(len(delta.token_ids) for delta in deltas))
         return deltas
 
     def stats(self) -> EngineStats:
@@ -163,7 +209,7 @@ class Engine:
 
     def _take_matchers(self) -> None:
         """Schedule those whose matchers have been made; without other work, wait a little for them."""
-        idle = not (self.scheduler.has_work or self._ended)
+        idle = not (self.scheduler.has_work or self._ended or self._flying or self._planned)
         for id, matcher in self._grammars.take(LOOK_S if idle else 0):
             sequence = self._unmatched.pop(id)
             if isinstance(matcher, Finish):

@@ -47,16 +47,25 @@ class Runner:
         shape = decoder.config
         self.attention_rows = attention_rows(shape.head_dim, TILE, shape.num_kv_heads, self.device, dtype)
 
+    def can_run_ahead(self, plan: StepPlan) -> bool:
+        """Never: a step is complete when `start` returns."""
+        return False
+
+    def collect(self, flight: Computed) -> Computed:
+        """What `start` gave."""
+        return flight
+
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Computed:
+    def start(self, plan: StepPlan) -> Computed:
         """Compute every chunk's keys and values, and draw one id for each chunk that draws."""
         batch = self.build(plan)
-        hidden = self.decoder(batch.token_ids, batch.positions, PagedAttention(self.decoder.config, self.store, batch))
+        ops = PagedAttention(self.decoder.config, self.store, batch)
+        hidden = self.decoder(batch.token_ids, batch.positions, ops)
         done = Computed(failed=self._not_finite(plan, hidden))
         drawing = [chunk for chunk in plan.chunks if chunk.draws]
         if drawing:
             wanted = pad_rows(hidden[batch.logit_rows], self.row_multiple)
-            drawn = sample(self.decoder.logits(wanted)[: len(drawing)], [_row(chunk) for chunk in drawing])
+            drawn = sample(self.decoder.logits(wanted, ops)[: len(drawing)], [row_of(chunk) for chunk in drawing])
             for chunk, token_id, logprob, bad in zip(drawing, drawn.token_ids, drawn.logprobs, drawn.bad, strict=True):
                 done.token_ids[chunk.sequence.id] = token_id
                 if logprob is not None:
@@ -125,7 +134,8 @@ class Runner:
         return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
 
 
-def _row(chunk: Chunk) -> Row:
+def row_of(chunk: Chunk) -> Row:
+    """What the sampler wants to know of a chunk that draws."""
     sequence = chunk.sequence
     allowed = sequence.matcher.allowed() if sequence.matcher else None
     return Row(sequence.request.sampling, sequence.request.prompt_ids, sequence.output_ids, allowed)

@@ -52,7 +52,9 @@ class Outcome:
 class Scheduler:
     """Sequences wait, run, may be preempted back to waiting, and end exactly once: in an `Outcome`, or by `finish`.
 
-    One thread: `plan`, compute, `commit`, in turn. `add` and `finish` at any time but while a plan is being computed.
+    One thread: `plan`, compute, `commit`, in turn; or, so that a device need not wait for the host, `plan`, start to
+    compute, `advance`, `plan` the next step, start it, and only then `commit` the one before. `add` and `finish` at any
+    time in between.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -67,6 +69,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._ended: list[Outcome] = []  # ended by `add`, told by the next `commit`
+        self._advanced: StepPlan | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -116,7 +119,9 @@ class Scheduler:
         """
         self._admit()
         chunks: list[Chunk] = []
-        line = deque(self._running)
+        line = deque(
+            sequence for sequence in self._running if not (sequence.num_pending and self._at_its_end(sequence))
+        )
         num_left = self._config.max_batch_tokens
         num_set_aside = sum(sequence.gap == 1 for sequence in line)
         while line:
@@ -136,26 +141,43 @@ class Scheduler:
             num_left -= num_tokens
         return StepPlan(tuple(chunks), self._config.max_batch_tokens - num_left)
 
+    def advance(self, plan: StepPlan) -> None:
+        """Count a plan's tokens as computed and its ids as drawn, though they are not known yet."""
+        self._advanced = plan
+        for chunk in plan.chunks:
+            if self.owns(chunk.sequence):
+                assert chunk.sequence.num_computed == chunk.start, f"{chunk.sequence.id}: a plan is advanced once"
+                chunk.sequence.num_computed += chunk.num_tokens
+                chunk.sequence.num_pending += chunk.draws
+
     def commit(self, plan: StepPlan, drawn: Mapping[str, int]) -> list[Outcome]:
         """Enter a computed plan: `drawn` has an id for each chunk that draws (those ended since need none).
 
         Returns the outcome of everyone who got an id or ended. Blocks of the ended are free on return.
         """
+        if self._advanced is not plan:
+            self.advance(plan)
+        self._advanced = None
         outcomes, self._ended = self._ended, []
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            if self._by_id.get(sequence.id) is not sequence:
+            if not chunk.draws or not self.owns(sequence):
                 continue
-            assert sequence.num_computed == chunk.start, f"{sequence.id}: a plan is committed once, before the next"
-            sequence.num_computed += chunk.num_tokens
-            if not chunk.draws:
-                continue
+            sequence.num_pending = 0
             sequence.output_ids.append(drawn[sequence.id])
             finish = sequence.end() or self._misfit(sequence)
             if finish:
                 self.finish(sequence.id)
             outcomes.append(Outcome(sequence, 1, finish))
         return outcomes
+
+    def owns(self, sequence: Sequence) -> bool:
+        """Whether the sequence is waiting or running here: not ended, and no other one under its id."""
+        return self._by_id.get(sequence.id) is sequence
+
+    def _at_its_end(self, sequence: Sequence) -> bool:
+        """It has a pending id, and will end when that is committed: there is nothing more to compute."""
+        return sequence.at_its_end or self._num_blocks(sequence.num_total) > self.pool.num_blocks
 
     def _admit(self) -> None:
         """Seat waiting sequences, best rank first, as long as this step has tokens for them and the cache has blocks

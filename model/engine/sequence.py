@@ -14,6 +14,7 @@ class Sequence:
     """`output_ids` may hold ids from the start, when another worker began the request.
 
     `num_computed` counts the first tokens, of prompt and output together, whose keys and values are in `blocks`.
+    `num_pending` is 1 while an id has been drawn, or is about to be, that the host has not seen yet.
     """
 
     request: Request
@@ -21,6 +22,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    num_pending: int = 0
     arrival: int = 0  # number of sequences added before this one
     matcher: Matcher | None = None  # of a request with a grammar: knows the output's ids
 
@@ -34,8 +36,8 @@ class Sequence:
 
     @property
     def num_total(self) -> int:
-        """Tokens known: prompt and output."""
-        return len(self.request.prompt_ids) + len(self.output_ids)
+        """Tokens of prompt and output, a pending one included."""
+        return len(self.request.prompt_ids) + len(self.output_ids) + self.num_pending
 
     @property
     def gap(self) -> int:
@@ -48,7 +50,7 @@ class Sequence:
         return self.request.priority, self.arrival
 
     def ids(self, start: int, stop: int) -> list[int]:
-        """Ids at positions `start` .. `stop` - 1 of prompt and output."""
+        """Ids at positions `start` .. `stop` - 1 of prompt and output; a pending one is missing at the end."""
         n = self.num_prompt
         if start >= n:
             return self.output_ids[start - n : stop - n]
@@ -65,3 +67,11 @@ class Sequence:
         if len(self.output_ids) >= sampling.max_tokens or self.num_total >= self.max_model_len:
             return Finish(FinishReason.LENGTH)
         return None
+
+    @property
+    def at_its_end(self) -> bool:
+        """The pending id is the last one there may be, whatever it is."""
+        length = len(self.output_ids) + self.num_pending
+        return self.num_pending > 0 and (
+            length >= self.request.sampling.max_tokens or self.num_total >= self.max_model_len
+        )

@@ -15,6 +15,7 @@ from model.nn.decoder import as_dtype
 
 GIB = 2**30
 HOST_SHARE = 0.4  # of the machine's memory: weights, cache and everything else on a CPU
+HOST_BATCH_TOKENS, DEVICE_BATCH_TOKENS = 512, 2048  # of one step: enough to be busy, few enough for others to wait
 DEVICE_SHARE = 0.92  # of a GPU's free memory
 
 
@@ -39,7 +40,7 @@ def size_engine(
     dtype: str,
     max_model_len: int | None = None,
     max_num_seqs: int = 64,
-    max_batch_tokens: int = 512,
+    max_batch_tokens: int | None = None,
     cache_gib: float | None = None,
 ) -> EngineConfig:
     """An engine configuration whose cache fits: `cache_gib` if given, else what all seats can use, within memory."""
@@ -48,7 +49,8 @@ def size_engine(
         raise EngineConfigError(
             f"--max-model-len {length}: the checkpoint's positions end at {config.max_position}; use at most that"
         )
-    engine = EngineConfig(device, dtype, length, max_num_seqs, max(max_batch_tokens, max_num_seqs))
+    tokens = max_batch_tokens or (DEVICE_BATCH_TOKENS if device == "cuda" else HOST_BATCH_TOKENS)
+    engine = EngineConfig(device, dtype, length, max_num_seqs, max(tokens, max_num_seqs))
     per_block = bytes_per_block(config, engine.block_size, as_dtype(dtype))
     if cache_gib is None:
         wanted = max_num_seqs * -(-length // engine.block_size) * per_block
@@ -77,7 +79,9 @@ def peak_bytes(config: ModelConfig, engine: EngineConfig) -> int:
     attention = rows * config.num_heads * 4 * (3 * TILE + 3 * config.head_dim)
     gathered = 2 * engine.max_num_seqs * TILE * config.num_kv_heads * config.head_dim * item
     logits = engine.max_num_seqs * config.vocab_size * 4 * 5
-    return layer + attention + gathered + logits
+    # A GPU's kernels split each sequence's keys into at most 32 spans and keep a result of each for every head.
+    spans = engine.max_num_seqs * config.num_heads * 32 * (config.head_dim + 2) * 4 if engine.device == "cuda" else 0
+    return layer + attention + gathered + logits + spans
 
 
 def _free_bytes(config: ModelConfig, engine: EngineConfig) -> int:

@@ -1,10 +1,9 @@
 """Attention: the layer (projections, biases, QK-norm, rotary positions) and two ways to attend.
 
 `DenseAttention` sees whole sequences at once (training, and the reference in tests). `PagedAttention` reads keys and
-values from the paged cache through block tables. The layer does not know which one it was given.
+values from the paged cache through block tables. The layer does not know which one it was given. Both are plain
+PyTorch; `kernels/ops.py` has the one for GPUs.
 """
-
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,7 @@ from model.cache.store import PagedStore
 from model.config import ModelConfig
 from model.nn.batch import TILE, AttentionGroup, ForwardBatch
 from model.nn.norm import RMSNorm
-from model.nn.positions import rotate
-
-
-class Attend(Protocol):
-    """Mixes values: q [n, heads, d], k and v [n, kv_heads, d] of the rows at hand -> [n, heads, d]."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+from model.nn.ops import Angles, Heads, Ops
 
 
 class Attention(nn.Module):
@@ -36,26 +29,21 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, ops: Ops) -> Tensor:
         n = x.shape[0]
-        qkv = self.qkv(x).view(n, -1, self.head_dim)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        mixed = attend(self.layer, q, k, v)
-        return self.out(mixed.reshape(n, -1))  # type: ignore[no-any-return]
+        qkv = ops.linear(x, self.qkv.weight, self.qkv.bias).view(n, -1, self.head_dim)
+        mixed = ops.attend(self.layer, Heads(qkv, self.heads, self.kv_heads, self.q_norm, self.k_norm, angles))
+        return ops.linear(mixed.reshape(n, -1), self.out.weight, self.out.bias)
 
 
-class DenseAttention:
+class DenseAttention(Ops):
     """Causal attention inside `b` whole sequences of `t` tokens, rows ordered by sequence."""
 
     def __init__(self, config: ModelConfig, b: int, t: int, dropout: float = 0.0) -> None:
         self.config, self.b, self.t, self.dropout = config, b, t, dropout
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.view(self.b, self.t, -1, self.config.head_dim).transpose(1, 2) for x in (q, k, v))
+    def attend(self, layer: int, heads: Heads) -> Tensor:
+        q, k, v = (x.view(self.b, self.t, -1, self.config.head_dim).transpose(1, 2) for x in heads.finish())
         window, mask = self.config.window(layer), None
         if window is not None and window < self.t:
             ages = torch.arange(self.t, device=q.device)[:, None] - torch.arange(self.t, device=q.device)
@@ -66,7 +54,7 @@ class DenseAttention:
         return mixed.transpose(1, 2).reshape(self.b * self.t, -1, self.config.head_dim)
 
 
-class PagedAttention:
+class PagedAttention(Ops):
     """Causal attention over the paged cache. New keys and values are written first, so a row sees itself.
 
     Each sequence's keys are reduced tile by tile, in order, with a running maximum and sum (the online softmax of
@@ -77,7 +65,8 @@ class PagedAttention:
     def __init__(self, config: ModelConfig, store: PagedStore, batch: ForwardBatch) -> None:
         self.config, self.store, self.batch = config, store, batch
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, heads: Heads) -> Tensor:
+        q, k, v = heads.finish()
         n = self.batch.num_rows
         self.store.write(layer, self.batch.slots, k[:n], v[:n])
         mixed = torch.zeros_like(q)

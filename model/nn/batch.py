@@ -41,6 +41,36 @@ class ForwardBatch:
     attention_rows: int
 
 
+ROWS_PER_PIECE = 64
+"""Query rows, times the heads that share a kv head, that one program of the chunk kernel takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedBatch:
+    """One step for kernels that find their own way through the cache.
+
+    `token_ids`, `positions`, `slots`, `seats` are int64 [n]; a seat is a row's line in `tables` int32 [seats, width],
+    which lists the blocks of its sequence. The first `num_single` rows attend by themselves; the others belong to
+    `pieces` int32 [m, 4] of neighbouring rows of one sequence: seat, first row, number of rows, first position. A row
+    with slot -1 is padding. No context reaches beyond `num_spans` spans of `span` keys.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    seats: Tensor
+    num_single: int
+    pieces: Tensor
+    tables: Tensor
+    span: int
+    num_spans: int
+
+
+def piece_rows(num_heads: int, num_kv_heads: int) -> int:
+    """Rows of one sequence in one piece."""
+    return max(1, ROWS_PER_PIECE * num_kv_heads // num_heads)
+
+
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
     """Zero rows appended until the first dimension is a multiple of `multiple`."""
     missing = -x.shape[0] % multiple

@@ -2,17 +2,20 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.config import ModelConfig
-from model.nn.attention import Attend, Attention
+from model.nn.attention import Attention
 from model.nn.mlp import Mlp
 from model.nn.norm import make_norm
+from model.nn.ops import Angles, Ops
 from model.nn.positions import Rotary, SinusoidalPositions
 
 
 class Layer(nn.Module):
-    """Pre-norm residual layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm residual layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The last addition is left to whoever comes next, so that it can be done together with the norm that follows it.
+    """
 
     def __init__(self, config: ModelConfig, index: int, dropout: float) -> None:
         super().__init__()
@@ -22,13 +25,15 @@ class Layer(nn.Module):
         self.mlp = Mlp(config)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), angles, attend))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, update: Tensor | None, angles: Angles | None, ops: Ops) -> tuple[Tensor, Tensor]:
+        """The residual stream x and what is still to be added to it, before this layer -> after it."""
+        x, h = ops.add_norm(x, update, self.attn_norm)
+        x, h = ops.add_norm(x, self.dropout(self.attn(h, angles, ops)), self.mlp_norm)
+        return x, self.dropout(self.mlp(h, ops))
 
 
 class Decoder(nn.Module):
-    """Token ids -> hidden rows -> logits. Rows are tokens of any number of sequences; `attend` keeps them apart."""
+    """Token ids -> hidden rows -> logits. Rows are tokens of any number of sequences; `ops` keeps them apart."""
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -47,20 +52,21 @@ class Decoder(nn.Module):
         self.norm = make_norm(config, config.hidden_size)
         self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, ops: Ops) -> Tensor:
         """Final hidden rows [n, hidden] for token_ids, positions [n]."""
         x: Tensor = self.embed(token_ids)
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
         x = self.dropout(x)
         angles = self.rotary(positions, x.dtype) if self.rotary is not None else None
+        update: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, angles, attend)
-        return self.norm(x)  # type: ignore[no-any-return]
+            x, update = layer(x, update, angles, ops)
+        return ops.add_norm(x, update, self.norm)[1]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, ops: Ops) -> Tensor:
         """Scores [m, vocab] for hidden rows [m, hidden]."""
-        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+        return ops.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
 
 
 def num_parameters(decoder: nn.Module) -> int:

@@ -25,10 +25,7 @@ def draw(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
 
     Every row has a temperature above 0. A row without top-k and top-p is never sorted.
     """
-    temperatures = column(scores, [max(p.temperature, _MIN_TEMPERATURE) for p in params]).float()
-    # The highest score becomes 0 before the division, which therefore cannot overflow upwards.
-    probabilities = ((scores - scores.amax(-1, keepdim=True)) / temperatures).softmax(-1)
-    weights = (probabilities * _CERTAINTY).long()
+    weights = whole_weights(scores, column(scores, [p.temperature for p in params]))
     truncated = [p.top_k > 0 or p.top_p < 1 for p in params]
     drawn = torch.empty(len(params), dtype=torch.int64, device=scores.device)
     for ranked in (False, True):
@@ -63,18 +60,29 @@ def column(like: Tensor, values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
 
 
-def _choose(weights: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
-    """Indices [m] into weights [m, n], after min-p, by inverting the cumulative sum.
+def choose(weights: Tensor, min_p: Tensor, uniforms: Tensor) -> Tensor:
+    """Indices [m] into weights [m, n], after min-p, by inverting the cumulative sum; the others are float64 [m, 1].
 
     u * total < total in float64 for every u <= 1 - 2**-53 and total < 2**53, and the first sum above the target
     belongs to a weight above 0: an id of no weight is never drawn.
     """
-    if any(p.min_p > 0 for p in params):
-        floors = column(weights, [p.min_p for p in params]) * weights.amax(-1, keepdim=True)
-        weights = torch.where(weights < floors.ceil().long(), 0, weights)
+    floors = min_p * weights.amax(-1, keepdim=True)
+    weights = torch.where(weights < floors.ceil().long(), 0, weights)
     mass = weights.cumsum(-1)
-    targets = (column(weights, uniforms) * mass[:, -1:]).long()
+    targets = (uniforms * mass[:, -1:]).long()
     return torch.searchsorted(mass, targets, right=True)[:, 0]
+
+
+def whole_weights(scores: Tensor, temperatures: Tensor) -> Tensor:
+    """Probabilities of scores float32 [m, vocab] at temperatures [m, 1] as whole numbers, int64."""
+    temperatures = temperatures.clamp(min=_MIN_TEMPERATURE).float()
+    # The highest score becomes 0 before the division, which therefore cannot overflow upwards.
+    probabilities = ((scores - scores.amax(-1, keepdim=True)) / temperatures).softmax(-1)
+    return (probabilities * _CERTAINTY).long()
+
+
+def _choose(weights: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
+    return choose(weights, column(weights, [p.min_p for p in params]), column(weights, uniforms))
 
 
 def _draw_ranked(

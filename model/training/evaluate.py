@@ -65,9 +65,9 @@ class Evaluator:
         end = ids[0]
         while len(out) < num_tokens:
             row = torch.tensor((ids + out)[-self.context :], device=device)
-            attend = DenseAttention(self.decoder.config, 1, len(row))
-            hidden = self.decoder(row, torch.arange(len(row), device=device), attend)
-            chances = (self.decoder.logits(hidden[-1:]).float() / TEMPERATURE).softmax(-1)
+            ops = DenseAttention(self.decoder.config, 1, len(row))
+            hidden = self.decoder(row, torch.arange(len(row), device=device), ops)
+            chances = (self.decoder.logits(hidden[-1:], ops).float() / TEMPERATURE).softmax(-1)
             token = int(torch.multinomial(chances.cpu(), 1, generator=draws))
             if token == end:
                 break

@@ -51,8 +51,8 @@ class Paged:
             logit_rows=torch.arange(len(ids)),
             attention_rows=ROWS,
         )
-        attend = PagedAttention(self.decoder.config, self.store, batch)
-        logits = self.decoder.logits(self.decoder(batch.token_ids, batch.positions, attend))
+        ops = PagedAttention(self.decoder.config, self.store, batch)
+        logits = self.decoder.logits(self.decoder(batch.token_ids, batch.positions, ops), ops)
         return {seq: logits[rows[seq]] for seq in chunks}
 
     def _group(self, seqs: list[int], rows: Mapping[int, list[int]]) -> AttentionGroup:

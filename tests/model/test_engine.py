@@ -154,7 +154,7 @@ def test_a_network_that_breaks_ends_only_the_broken_request(make_engine: MakeEng
     engine = make_engine(decoder, num_blocks=8)
     params = SamplingParams(max_tokens=5, temperature=0.0)
     assert decoder.head is None  # tied: id 7's logit is NaN for everyone, so rows are checked through the hidden state
-    engine.runner.decoder.logits = lambda hidden: hidden @ random_decoder(TINY, 1).embed.weight.T  # type: ignore[method-assign]
+    engine.runner.decoder.logits = lambda hidden, ops: hidden @ random_decoder(TINY, 1).embed.weight.T  # type: ignore[method-assign]
     for i in range(3):
         engine.add(Request(f"good{i}", (1, 2, 3), params))
         engine.add(Request(f"bad{i}", (1, 7, 3), params))

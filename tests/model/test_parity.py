@@ -104,8 +104,8 @@ def pair(
 
 def dense(decoder: Decoder, ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
-        attend = DenseAttention(decoder.config, 1, len(ids))
-        return decoder.logits(decoder(torch.tensor(ids), torch.arange(len(ids)), attend))
+        ops = DenseAttention(decoder.config, 1, len(ids))
+        return decoder.logits(decoder(torch.tensor(ids), torch.arange(len(ids)), ops), ops)
 
 
 WAYS: dict[str, Callable[[Decoder, list[int]], torch.Tensor]] = {

@@ -95,8 +95,9 @@ def test_initial_loss_is_that_of_a_guess(build: Build) -> None:
     decoder = Decoder(build().network(280))
     initialise(decoder)
     ids = torch.randint(280, (32,))
-    hidden = decoder(ids, torch.arange(32), DenseAttention(decoder.config, 1, 32))
-    assert F.cross_entropy(decoder.logits(hidden), ids.roll(1)).item() == pytest.approx(math.log(280), abs=0.3)
+    ops = DenseAttention(decoder.config, 1, 32)
+    hidden = decoder(ids, torch.arange(32), ops)
+    assert F.cross_entropy(decoder.logits(hidden, ops), ids.roll(1)).item() == pytest.approx(math.log(280), abs=0.3)
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"autocast": "on"}])
@@ -183,8 +184,9 @@ def test_exported_folder_gives_the_same_logits_everywhere(build: Build, family: 
     theirs = AutoModelForCausalLM.from_pretrained(config.out).eval()
     ours = load_decoder(config.out, read_config(config.out), torch.float32, CPU)
     with torch.no_grad():
-        hidden = ours(ids[0], torch.arange(ids.numel()), DenseAttention(ours.config, 1, ids.numel()))
-        torch.testing.assert_close(ours.logits(hidden), theirs(ids).logits[0], atol=1e-4, rtol=1e-4)
+        ops = DenseAttention(ours.config, 1, ids.numel())
+        hidden = ours(ids[0], torch.arange(ids.numel()), ops)
+        torch.testing.assert_close(ours.logits(hidden, ops), theirs(ids).logits[0], atol=1e-4, rtol=1e-4)
     assert read_config(config.out) == replace(config.network(ours.config.vocab_size), dtype="float32")
 
 

@@ -1,0 +1,48 @@
+"""Which runner computes: the fast one where there is a GPU, Triton, and kernels that agree with their twins; else the
+plain one, which runs everywhere."""
+
+import logging
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+
+from model.cache.store import PagedStore
+from model.config import EngineConfig
+from model.engine.fast import FastRunner
+from model.engine.runner import Computed, Runner
+from model.engine.scheduler import StepPlan
+from model.nn.decoder import Decoder, as_dtype
+
+HAS_KERNELS = torch.cuda.is_available() and find_spec("triton") is not None
+if HAS_KERNELS:
+    from model.nn.kernels.check import disagreement
+    from model.nn.kernels.ops import KernelOps
+
+logger = logging.getLogger(__name__)
+
+
+class StepRunner(Protocol):
+    """What an engine needs of a runner. `collect` takes what `start` gave, once, in the same order."""
+
+    decoder: Decoder
+    store: PagedStore
+
+    def can_run_ahead(self, plan: StepPlan) -> bool: ...
+    def start(self, plan: StepPlan) -> Any: ...
+    def collect(self, flight: Any) -> Computed: ...
+
+
+def make_runner(decoder: Decoder, config: EngineConfig) -> StepRunner:
+    """The best runner for this machine, ready to compute. If a GPU has to go the plain way, the log says why."""
+    if not config.device.startswith("cuda"):
+        return Runner(decoder, config)
+    reason: str | None = "triton is not installed"
+    if HAS_KERNELS:
+        reason = disagreement(decoder.config, torch.device(config.device), as_dtype(config.dtype))
+        if reason is None:
+            runner = FastRunner(decoder, config, KernelOps)
+            runner.warm()
+            return runner
+    logger.error("the GPU runs without kernels and graphs, many times slower: %s", reason)
+    return Runner(decoder, config)

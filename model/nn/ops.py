@@ -1,0 +1,62 @@
+"""How one forward pass is computed: the operations that have a plain form and a faster one, and how rows attend.
+
+The network calls these and does not know which it was given. The methods here are the plain PyTorch forms: they are
+what training uses, what runs everywhere, and what every kernel is compared with.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.nn.activations import ACTIVATIONS
+from model.nn.norm import RMSNorm
+from model.nn.positions import rotate
+
+Angles = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """One layer's projections `qkv` [n, heads + 2 * kv_heads, d], and what has still to be done to them: a norm of
+    queries and keys (None: no), and a turn by `angles` (None: no)."""
+
+    qkv: Tensor
+    num_heads: int
+    num_kv_heads: int
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+    angles: Angles | None
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [n, heads, d], keys and values [n, kv_heads, d], normed and turned."""
+        q, k, v = torch.split_with_sizes(self.qkv, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.angles is not None:
+            q, k = rotate(q, self.angles), rotate(k, self.angles)
+        return q, k, v
+
+
+class Ops(ABC):
+    """The operations of one pass. Rows are tokens of any number of sequences; only `attend` mixes them."""
+
+    @abstractmethod
+    def attend(self, layer: int, heads: Heads) -> Tensor:
+        """Mixed values [n, heads, d]."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [n, k] by weight [m, k] -> [n, m]."""
+        return F.linear(x, weight, bias)
+
+    def add_norm(self, x: Tensor, update: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The residual stream x [n, hidden] with a layer's update added (None: none yet), and its norm."""
+        x = x if update is None else x + update
+        return x, norm(x)
+
+    def gate(self, h: Tensor, activation: str) -> Tensor:
+        """activation(first half) * second half of h [n, 2 * width] -> [n, width]."""
+        gate, up = h.chunk(2, dim=-1)
+        return ACTIVATIONS[activation](gate) * up
