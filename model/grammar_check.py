@@ -8,6 +8,7 @@ The child: one JSON array `[kind, text]` a line in, one JSON string a line out, 
 """
 
 import json
+import os
 import re
 import resource
 import signal
@@ -168,6 +169,7 @@ def _verdict(grammar: Grammar, vocabulary: Vocabulary) -> str:
 
 def main() -> None:
     """The child."""
+    os.nice(5)  # who serves goes first
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     vocabulary = Vocabulary([bytes([byte]) for byte in range(256)])
     for line in sys.stdin.buffer:
