@@ -50,6 +50,8 @@ class EngineStats:
     prompt_tokens_total: int
     output_tokens_total: int
     last_rows: int
+    prefix_asked_total: int = 0  # prompt tokens looked for in the cache, and found there
+    prefix_found_total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +92,9 @@ class Engine:
         max_num_seqs: int = 64,
         cache_gib: float | None = None,
         deterministic: bool = False,
+        prefix_cache: bool = True,
     ) -> "Engine":
-        """An engine for a Hugging Face folder; for `deterministic` see `EngineConfig`.
+        """An engine for a Hugging Face folder; for the last two see `EngineConfig`.
 
         Raises `CheckpointError` and `EngineConfigError`, one line each.
         """
@@ -109,7 +112,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             cache_gib=cache_gib,
         )
-        return cls(decoder, tokenizer, replace(sized, deterministic=deterministic))
+        return cls(decoder, tokenizer, replace(sized, deterministic=deterministic, prefix_cache=prefix_cache))
 
     def add(self, request: Request, so_far: Seq[int] = ()) -> None:
         """Take a request in; `so_far` are output ids that it already has, which are not told again."""
@@ -183,9 +186,11 @@ class Engine:
         deltas, self._ended = self._ended, []
         for sequence in done.failed:
             if self.scheduler.owns(sequence):
+                self.scheduler.spoil(sequence)
                 self.cancel(sequence.id)
                 finish = (sequence.matcher and sequence.matcher.finish) or NOT_FINITE
-                deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=finish))
+                num_cached = sequence.num_cached
+                deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=finish, num_cached=num_cached))
         for outcome in self.scheduler.commit(step.plan, done.token_ids):
             deltas.append(self._delta(outcome, done.logprobs.get(outcome.sequence.id)))
         deltas += [_progress(chunk.sequence) for chunk in step.plan.chunks if self._is_reading(chunk)]
@@ -205,6 +210,8 @@ class Engine:
             self._prompt_tokens,
             self._output_tokens,
             self._last_rows,
+            self.scheduler.prefixes.num_asked,
+            self.scheduler.prefixes.num_found,
         )
 
     def _take_matchers(self) -> None:
@@ -234,7 +241,8 @@ class Engine:
         if finish is not None:
             self._assemblers.pop(sequence.id, None)
         start = len(sequence.output_ids) - len(new)
-        return Delta(sequence.id, start, new, (logprob,) if new and logprob is not None else (), finish)
+        told = (logprob,) if new and logprob is not None else ()
+        return Delta(sequence.id, start, new, told, finish, num_cached=sequence.num_cached if finish else 0)
 
     def _matched(self, sequence: Sequence, new: Seq[int]) -> Finish | None:
         """How the grammar ends the sequence: complete with the last of the tokens that there may be, it is complete."""

@@ -25,6 +25,9 @@ class Sequence:
     num_pending: int = 0
     arrival: int = 0  # number of sequences added before this one
     matcher: Matcher | None = None  # of a request with a grammar: knows the output's ids
+    names: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as anybody asked
+    num_cached: int = 0  # prompt tokens that were found, not computed, when they were first needed
+    num_seen: int = -1  # tokens that were in blocks before a preemption; -1 = it has never run
 
     @property
     def id(self) -> str:
