@@ -3,8 +3,9 @@
 Owns the wire format and nothing else; it knows no queue, no network and no worker. Every value is an array that starts
 with a version. A request is a map by field name: a field this program does not know, and a version it does not speak,
 are refused, never skipped, while a missing field takes its default. Entries are written once per token and therefore
-positional; their last part is there only where it says something, as in an older program's there is none. Redis's functions write terminal entries too: they have no null, so false stands for it there.
-The format: https://github.com/msgpack/msgpack/blob/master/spec.md
+positional; their last part is there only where it says something, as in an older program's there is none. Redis's
+functions write terminal entries too: they have no null, so false stands for it there. The format:
+https://github.com/msgpack/msgpack/blob/master/spec.md
 """
 
 from dataclasses import fields
