@@ -11,6 +11,7 @@ service types; the same object serves HTTP and five lines of library code:
         print("".join(text.push(id) for delta in engine.step() for id in delta.token_ids), end="", flush=True)
 """
 
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,10 +57,11 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A plan, and what the runner made of it; None: there was nothing to compute."""
+    """A plan, what the runner made of it, and when; None: there was nothing to compute."""
 
     plan: StepPlan
     flight: Any
+    started_s: float
 
 
 class Engine:
@@ -80,6 +82,7 @@ class Engine:
         self._unmatched: dict[str, Sequence] = {}  # their matchers are being made
         self._ended: list[Delta] = []  # complete when they were added; told by the next step
         self._steps = self._prompt_tokens = self._output_tokens = self._last_rows = 0
+        self._collected_s = 0.0
 
     @classmethod
     def load(
@@ -176,13 +179,14 @@ class Engine:
         return replace(plan, chunks=tuple(chunk for chunk in plan.chunks if self.scheduler.owns(chunk.sequence)))
 
     def _start(self, plan: StepPlan) -> _Step:
-        return _Step(plan, self.runner.start(plan) if plan.chunks else None)
+        now_s = time.perf_counter()
+        return _Step(plan, self.runner.start(plan) if plan.chunks else None, now_s)
 
     def _is_reading(self, chunk: Chunk) -> bool:
         return not chunk.draws and self.scheduler.owns(chunk.sequence)
 
     def _tell(self, step: _Step) -> list[Delta]:
-        done = Computed() if step.flight is None else self.runner.collect(step.flight)
+        done = Computed() if step.flight is None else self._collect(step)
         deltas, self._ended = self._ended, []
         for sequence in done.failed:
             if self.scheduler.owns(sequence):
@@ -196,6 +200,16 @@ class Engine:
         deltas += [_progress(chunk.sequence) for chunk in step.plan.chunks if self._is_reading(chunk)]
         self._count(step.plan, sum(len(delta.token_ids) for delta in deltas))
         return deltas
+
+    def _collect(self, step: _Step) -> Computed:
+        """What a step brought. It has taken since it was started, or since the one before it was done."""
+        done = self.runner.collect(step.flight)
+        now_s = time.perf_counter()
+        num_single = sum(chunk.num_tokens == 1 for chunk in step.plan.chunks)
+        seconds = now_s - max(step.started_s, self._collected_s)
+        self.scheduler.pace.told(num_single, step.plan.num_tokens - num_single, seconds)
+        self._collected_s = now_s
+        return done
 
     def stats(self) -> EngineStats:
         """A snapshot, cheap enough for every step."""
