@@ -107,6 +107,8 @@ class Stats:
     prompt_tokens_total: int = 0
     output_tokens_total: int = 0
     last_rows: int = 1
+    prefix_asked_total: int = 0
+    prefix_found_total: int = 0
 
 
 class Gathering:

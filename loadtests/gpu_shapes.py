@@ -110,6 +110,7 @@ def make_engine(decoder: Decoder, device: str, num_seqs: int, length: int, room:
         max_batch_tokens=2048,
         num_blocks=room // 16 + num_seqs,
         deterministic=fixed,
+        prefix_cache=False,  # prompts are drawn again and again
     )
     return Engine(decoder, Tokenizer.load(BUNDLED), config)
 

@@ -93,4 +93,5 @@ class EngineConfig:
     max_batch_tokens: int = 512  # tokens computed in one step: prompts are cut into chunks that fit
     block_size: int = 16  # tokens of one cache block
     num_blocks: int = 0
+    prefix_cache: bool = True  # keys and values of a common beginning are computed once
     deterministic: bool = False  # on a GPU: matrix products that are slower and don't depend on the batch

@@ -87,6 +87,7 @@ class Request:
     about: str = ""
     request_id: str = ""  # of the HTTP request that brought it, for the logs
     traceparent: str = ""  # W3C Trace Context; "" = none
+    cache_salt: str = ""  # requests share what is computed only within a tenant and a salt
 
     @property
     def group(self) -> str:
@@ -115,7 +116,8 @@ class Finish:
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What one step added to one request: ids from output position `start` on, and `finish` if it ended with them. One
-    with neither says how far its prompt has come: `num_computed` tokens of it."""
+    with neither says how far its prompt has come: `num_computed` tokens of it. With a `finish` comes how many of the
+    prompt's tokens were found in the cache: `num_cached`."""
 
     id: str
     start: int
@@ -123,14 +125,16 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()  # as many as token_ids, or none
     finish: Finish | None = None
     num_computed: int = 0
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts as clients are told them."""
+    """Token counts as clients are told them; `cached_tokens` are those of the prompt that were found, not computed."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:

@@ -44,6 +44,10 @@ class StepStats(Protocol):
     def output_tokens_total(self) -> int: ...
     @property
     def last_rows(self) -> int: ...
+    @property
+    def prefix_asked_total(self) -> int: ...
+    @property
+    def prefix_found_total(self) -> int: ...
 
 
 class Metrics:
@@ -72,11 +76,13 @@ class Metrics:
         self._generated_tokens = counter("generated_tokens", "Tokens drawn.")
         self._cache_use = gauge("cache_use_ratio", "Share of the cache's blocks in use.")
         self._preemptions = counter("preemptions", "Sequences put back because the cache was full.")
+        self._prefix_asked = counter("prefix_asked_tokens", "Prompt tokens looked for in the prefix cache.")
+        self._prefix_found = counter("prefix_found_tokens", "Prompt tokens found there, and so not computed.")
         self._step = seconds("step_seconds", "Duration of an engine step.")
         self._step_tokens = Histogram(
             "millrace_step_tokens", "Tokens computed in an engine step.", buckets=TOKENS, registry=self.registry
         )
-        self._told = (0, 0, 0)  # what the cumulative counts of the engine were at the last step
+        self._told = (0, 0, 0, 0, 0)  # what the cumulative counts of the engine were at the last step
         Info("millrace_build", "What is running.", registry=self.registry).info({"version": version})
 
     def refused(self, reason: str) -> None:
@@ -85,10 +91,17 @@ class Metrics:
 
     def on_step(self, stats: StepStats, step_s: float) -> None:
         """Take in one engine step. Cheap: called for every step, on the event loop."""
-        now = (stats.prompt_tokens_total, stats.output_tokens_total, stats.preemptions_total)
-        for counter, total, before in zip(
-            (self._prompt_tokens, self._generated_tokens, self._preemptions), now, self._told, strict=True
-        ):
+        now = (
+            stats.prompt_tokens_total,
+            stats.output_tokens_total,
+            stats.preemptions_total,
+            stats.prefix_asked_total,
+            stats.prefix_found_total,
+        )
+        counters = (
+            self._prompt_tokens, self._generated_tokens, self._preemptions, self._prefix_asked, self._prefix_found
+        )  # fmt: skip
+        for counter, total, before in zip(counters, now, self._told, strict=True):
             counter.inc(total - before)
         self._told = now
         self._cache_use.set(1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0)

@@ -68,6 +68,7 @@ def load_engine(settings: Settings) -> Engine:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         cache_gib=settings.cache_gib,
+        prefix_cache=settings.prefix_cache,
     )
 
 
@@ -163,6 +164,7 @@ def _account(stats: EngineStats, queue: RedisWork) -> dict[str, object]:
         prompt_tokens=stats.prompt_tokens_total,
         output_tokens=stats.output_tokens_total,
         preemptions=stats.preemptions_total,
+        prefix_found_tokens=stats.prefix_found_total,
         taken_over=queue.num_taken_over,
     )
 

@@ -11,6 +11,7 @@ service types; the same object serves HTTP and five lines of library code:
         print("".join(text.push(id) for delta in engine.step() for id in delta.token_ids), end="", flush=True)
 """
 
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,14 +51,17 @@ class EngineStats:
     prompt_tokens_total: int
     output_tokens_total: int
     last_rows: int
+    prefix_asked_total: int = 0  # prompt tokens looked for in the cache, and found there
+    prefix_found_total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A plan, and what the runner made of it; None: there was nothing to compute."""
+    """A plan, what the runner made of it, and when; None: there was nothing to compute."""
 
     plan: StepPlan
     flight: Any
+    started_s: float
 
 
 class Engine:
@@ -78,6 +82,7 @@ class Engine:
         self._unmatched: dict[str, Sequence] = {}  # their matchers are being made
         self._ended: list[Delta] = []  # complete when they were added; told by the next step
         self._steps = self._prompt_tokens = self._output_tokens = self._last_rows = 0
+        self._collected_s = 0.0
 
     @classmethod
     def load(
@@ -90,8 +95,9 @@ class Engine:
         max_num_seqs: int = 64,
         cache_gib: float | None = None,
         deterministic: bool = False,
+        prefix_cache: bool = True,
     ) -> "Engine":
-        """An engine for a Hugging Face folder; for `deterministic` see `EngineConfig`.
+        """An engine for a Hugging Face folder; for the last two see `EngineConfig`.
 
         Raises `CheckpointError` and `EngineConfigError`, one line each.
         """
@@ -109,7 +115,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             cache_gib=cache_gib,
         )
-        return cls(decoder, tokenizer, replace(sized, deterministic=deterministic))
+        return cls(decoder, tokenizer, replace(sized, deterministic=deterministic, prefix_cache=prefix_cache))
 
     def add(self, request: Request, so_far: Seq[int] = ()) -> None:
         """Take a request in; `so_far` are output ids that it already has, which are not told again."""
@@ -173,24 +179,37 @@ class Engine:
         return replace(plan, chunks=tuple(chunk for chunk in plan.chunks if self.scheduler.owns(chunk.sequence)))
 
     def _start(self, plan: StepPlan) -> _Step:
-        return _Step(plan, self.runner.start(plan) if plan.chunks else None)
+        now_s = time.perf_counter()
+        return _Step(plan, self.runner.start(plan) if plan.chunks else None, now_s)
 
     def _is_reading(self, chunk: Chunk) -> bool:
         return not chunk.draws and self.scheduler.owns(chunk.sequence)
 
     def _tell(self, step: _Step) -> list[Delta]:
-        done = Computed() if step.flight is None else self.runner.collect(step.flight)
+        done = Computed() if step.flight is None else self._collect(step)
         deltas, self._ended = self._ended, []
         for sequence in done.failed:
             if self.scheduler.owns(sequence):
+                self.scheduler.spoil(sequence)
                 self.cancel(sequence.id)
                 finish = (sequence.matcher and sequence.matcher.finish) or NOT_FINITE
-                deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=finish))
+                num_cached = sequence.num_cached
+                deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=finish, num_cached=num_cached))
         for outcome in self.scheduler.commit(step.plan, done.token_ids):
             deltas.append(self._delta(outcome, done.logprobs.get(outcome.sequence.id)))
         deltas += [_progress(chunk.sequence) for chunk in step.plan.chunks if self._is_reading(chunk)]
         self._count(step.plan, sum(len(delta.token_ids) for delta in deltas))
         return deltas
+
+    def _collect(self, step: _Step) -> Computed:
+        """What a step brought. It has taken since it was started, or since the one before it was done."""
+        done = self.runner.collect(step.flight)
+        now_s = time.perf_counter()
+        num_single = sum(chunk.num_tokens == 1 for chunk in step.plan.chunks)
+        seconds = now_s - max(step.started_s, self._collected_s)
+        self.scheduler.pace.told(num_single, step.plan.num_tokens - num_single, seconds)
+        self._collected_s = now_s
+        return done
 
     def stats(self) -> EngineStats:
         """A snapshot, cheap enough for every step."""
@@ -205,6 +224,8 @@ class Engine:
             self._prompt_tokens,
             self._output_tokens,
             self._last_rows,
+            self.scheduler.prefixes.num_asked,
+            self.scheduler.prefixes.num_found,
         )
 
     def _take_matchers(self) -> None:
@@ -234,7 +255,8 @@ class Engine:
         if finish is not None:
             self._assemblers.pop(sequence.id, None)
         start = len(sequence.output_ids) - len(new)
-        return Delta(sequence.id, start, new, (logprob,) if new and logprob is not None else (), finish)
+        told = (logprob,) if new and logprob is not None else ()
+        return Delta(sequence.id, start, new, told, finish, num_cached=sequence.num_cached if finish else 0)
 
     def _matched(self, sequence: Sequence, new: Seq[int]) -> Finish | None:
         """How the grammar ends the sequence: complete with the last of the tokens that there may be, it is complete."""

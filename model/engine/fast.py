@@ -130,10 +130,11 @@ class FastRunner:
                 done.failed.append(chunk.sequence)
             if flight.drawn is not None and (logprob := flight.drawn.logprobs[i]) is not None:
                 done.logprobs[chunk.sequence.id] = logprob
-        for sequence in done.failed:
-            # The step that may be running now comes first on the device. What it leaves behind beyond a sequence's
-            # tokens is never loaded by a kernel.
-            self.store.clear(sequence.blocks)
+        for chunk in flight.order if done.failed else ():
+            if chunk.sequence in done.failed:
+                # The step that may be running now comes first on the device. What it leaves behind beyond a sequence's
+                # tokens is never loaded by a kernel. Blocks before this chunk's may be others' as well.
+                self.store.clear(chunk.sequence.blocks[chunk.start // self.config.block_size :])
         return done
 
     def _draw(

@@ -72,9 +72,11 @@ class Runner:
                     done.logprobs[chunk.sequence.id] = logprob
                 if bad and chunk.sequence not in done.failed:
                     done.failed.append(chunk.sequence)
-        for sequence in done.failed:
-            # Before anyone else gets the blocks: a masked NaN is still a NaN to whoever sums over it.
-            self.store.clear(sequence.blocks)
+        for chunk in plan.chunks if done.failed else ():
+            if chunk.sequence in done.failed:
+                # Before anyone else gets the blocks: a masked NaN is still a NaN to whoever sums over it. Those before
+                # this chunk's are finite, and may be others' as well.
+                self.store.clear(chunk.sequence.blocks[chunk.start // self.config.block_size :])
         return done
 
     def _not_finite(self, plan: StepPlan, hidden: Tensor) -> list[Sequence]:

@@ -9,22 +9,28 @@ that could not fit into the whole cache by itself is ended with an error; so it 
 is then the best-ranked. Whoever waits at the head of the queue is overtaken only by better ranks.
 """
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 from model.cache.blocks import BlockPool
 from model.config import EngineConfig
+from model.engine.line import Line
+from model.engine.pace import Pace
+from model.engine.prefix import Prefixes
 from model.engine.sequence import Sequence
 from model.request import Finish, FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens of one sequence to compute: `num_tokens` from position `start`. `draws`: they reach the end of what is
-    known, so that the last one's logits give the next id. `sequence.blocks` covers them."""
+    known, so that the last one's logits give the next id. `sequence.blocks` covers them.
+
+    A tuple like `Outcome`, since there are hundreds of both in each step, and a frozen dataclass takes twice as long.
+    """
 
     sequence: Sequence
     start: int
@@ -40,8 +46,7 @@ class StepPlan:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a step did to a sequence: `num_new` ids (0 or 1) at the end of its output, and `finish` if it ended."""
 
     sequence: Sequence
@@ -59,17 +64,20 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig) -> None:
         self.pool = BlockPool(config.num_blocks)
+        self.prefixes = Prefixes(self.pool, config.block_size, self.owns)
         self.num_preemptions = 0
         self._config = config
         # Each running sequence is worth at least one token in each step, so none has to take turns.
         self._num_seats = min(config.max_num_seqs, config.max_batch_tokens)
+        self._num_fit = config.num_blocks * config.block_size  # tokens that a sequence may have
         self._num_added = 0
         self._by_id: dict[str, Sequence] = {}
-        # Both always in order of rank.
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
+        self._waiting = Line(self.owns)
+        self._running: list[Sequence] = []  # always in order of rank
         self._ended: list[Outcome] = []  # ended by `add`, told by the next `commit`
         self._advanced: StepPlan | None = None
+        self.pace = Pace(config.max_batch_tokens)
+        self._budget = config.max_batch_tokens  # of the last step
 
     @property
     def num_waiting(self) -> int:
@@ -96,7 +104,7 @@ class Scheduler:
         self._num_added += 1
         # Ledger: the sequence is the scheduler's now, waiting, without blocks.
         self._by_id[sequence.id] = sequence
-        insort(self._waiting, sequence, key=attrgetter("rank"))
+        self._waiting.add(sequence)
 
     def finish(self, id: str) -> bool:
         """End a sequence for the caller's reason (cancelled, out of time, stop string, failed), waiting or running.
@@ -106,49 +114,64 @@ class Scheduler:
         sequence = self._by_id.pop(id, None)
         if sequence is None:
             return False
-        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        if not self._unseat(sequence):
+            self._waiting.left()
         self._free(sequence)
         return True
+
+    def spoil(self, sequence: Sequence) -> None:
+        """Its numbers turned out not to be finite: nobody shall find its blocks, not even those that looked good."""
+        self.pool.forget(sequence.blocks)
 
     def plan(self) -> StepPlan:
         """Choose the next step's chunks and give them blocks, best rank first.
 
         One token is set aside for every sequence that is one token behind, so that long prompts never hold up those
-        that are decoding; the others share the rest of the budget in order. Preempts the worst rank when blocks run
-        out; who is the worst rank itself waits for a step, with what it has.
+        that are decoding; the others share the rest of the budget, which `pace` sets, in order. Preempts the worst rank
+        when blocks run out; who is the worst rank itself waits for a step, with what it has.
         """
         self._admit()
+        line, num_set_aside = self._line()
         chunks: list[Chunk] = []
-        line = deque(
-            sequence for sequence in self._running if not (sequence.num_pending and self._at_its_end(sequence))
-        )
-        num_left = self._config.max_batch_tokens
-        num_set_aside = sum(sequence.gap == 1 for sequence in line)
+        size, num_reading = self._config.block_size, len(line) - num_set_aside
+        num_reading += min(len(self._waiting), self._num_seats - len(self._running))
+        self._budget = num_left = self.pace.budget(num_set_aside, num_reading)
         while line:
-            sequence = line.popleft()
-            num_set_aside -= sequence.gap == 1
+            sequence, gap = line.popleft()
+            num_set_aside -= gap == 1
+            start = sequence.num_computed
+            if gap == 1 and start < len(sequence.blocks) * size and num_left > num_set_aside:
+                chunks.append(Chunk(sequence, start, 1, True))  # the usual case, and so the short way
+                num_left -= 1
+                continue
+            if gap > 1 and self.prefixes.is_coming(sequence):
+                continue
             while num_left > num_set_aside and self._room(sequence) == 0 and line:
-                victim = line.pop()  # the worst rank; those in line have no chunk yet
-                num_set_aside -= victim.gap == 1
+                victim, its_gap = line.pop()  # the worst rank; those in line have no chunk yet
+                num_set_aside -= its_gap == 1
                 self._preempt(victim)
-            num_tokens = min(sequence.gap, num_left - num_set_aside, self._room(sequence))
+            num_tokens = min(gap, num_left - num_set_aside, self._room(sequence))
             if num_tokens == 0:
                 continue
-            end = sequence.num_computed + num_tokens
+            end = start + num_tokens
             # Ledger: free blocks become the sequence's, just enough for the tokens of this chunk.
             sequence.blocks += self.pool.take(self._num_blocks(end) - len(sequence.blocks))
-            chunks.append(Chunk(sequence, sequence.num_computed, num_tokens, draws=end == sequence.num_total))
+            if num_tokens > 1 and self._config.prefix_cache:
+                self.prefixes.promise(sequence, start, end)
+            chunks.append(Chunk(sequence, start, num_tokens, draws=num_tokens == gap))
             num_left -= num_tokens
-        return StepPlan(tuple(chunks), self._config.max_batch_tokens - num_left)
+        return StepPlan(tuple(chunks), self._budget - num_left)
 
     def advance(self, plan: StepPlan) -> None:
         """Count a plan's tokens as computed and its ids as drawn, though they are not known yet."""
         self._advanced = plan
+        owned = self._by_id
         for chunk in plan.chunks:
-            if self.owns(chunk.sequence):
-                assert chunk.sequence.num_computed == chunk.start, f"{chunk.sequence.id}: a plan is advanced once"
-                chunk.sequence.num_computed += chunk.num_tokens
-                chunk.sequence.num_pending += chunk.draws
+            sequence = chunk.sequence
+            if owned.get(sequence.id) is sequence:
+                assert sequence.num_computed == chunk.start, f"{sequence.id}: a plan is advanced once"
+                sequence.num_computed += chunk.num_tokens
+                sequence.num_pending += chunk.draws
 
     def commit(self, plan: StepPlan, drawn: Mapping[str, int]) -> list[Outcome]:
         """Enter a computed plan: `drawn` has an id for each chunk that draws (those ended since need none).
@@ -159,13 +182,19 @@ class Scheduler:
             self.advance(plan)
         self._advanced = None
         outcomes, self._ended = self._ended, []
+        owned, size = self._by_id, self._config.block_size if self._config.prefix_cache else 0
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            if not chunk.draws or not self.owns(sequence):
+            if owned.get(sequence.id) is not sequence:
+                continue
+            end = chunk.start + chunk.num_tokens
+            if size and (chunk.num_tokens > 1 or end % size == 0):
+                self.prefixes.computed(sequence, chunk.start, end)
+            if not chunk.draws:
                 continue
             sequence.num_pending = 0
             sequence.output_ids.append(drawn[sequence.id])
-            finish = sequence.end() or self._misfit(sequence)
+            finish = sequence.end() or (self._misfit(sequence) if end >= self._num_fit else None)
             if finish:
                 self.finish(sequence.id)
             outcomes.append(Outcome(sequence, 1, finish))
@@ -179,32 +208,73 @@ class Scheduler:
         """It has a pending id, and will end when that is committed: there is nothing more to compute."""
         return sequence.at_its_end or self._num_blocks(sequence.num_total) > self.pool.num_blocks
 
+    def _line(self) -> tuple[deque[tuple[Sequence, int]], int]:
+        """Those who run and have something to compute, with their gaps, best rank first; and how many are one token
+        behind. What others have computed for them meanwhile is theirs."""
+        line = deque[tuple[Sequence, int]]()
+        num_single, size = 0, self._config.block_size if self._config.prefix_cache else self._config.max_model_len
+        for sequence in self._running:
+            gap = sequence.gap
+            if sequence.num_pending and self._at_its_end(sequence):
+                continue
+            if gap > size:
+                self.prefixes.adopt(sequence, self.prefixes.matching(sequence))
+                gap = sequence.gap
+            num_single += gap == 1
+            line.append((sequence, gap))
+        return line, num_single
+
     def _admit(self) -> None:
         """Seat waiting sequences, best rank first, as long as this step has tokens for them and the cache has blocks
         for all that is known of everyone running, and one more for each: none is admitted only to be preempted."""
-        while self._waiting and len(self._running) < self._num_seats:
-            head = self._waiting[0]
-            num_ahead = sum(other.gap for other in self._running if other.gap == 1 or other.rank < head.rank)
-            num_owed = sum(self._num_blocks(other.num_total) + 1 - len(other.blocks) for other in self._running)
-            num_needed = num_owed + self._num_blocks(head.num_total) + 1
-            # Alone it is let in without a spare block: it fits (see `_misfit`) and has nobody to wait for.
-            if num_ahead >= self._config.max_batch_tokens or (self._running and num_needed > self.pool.num_free):
+        if not self._waiting or len(self._running) >= self._num_seats:
+            return
+        reading = deque(other for other in self._running if other.gap > 1)
+        num_ahead = len(self._running) - len(reading)
+        num_owed = sum(self._num_owed(other) for other in self._running)
+        while (head := self._waiting.head()) is not None and len(self._running) < self._num_seats:
+            while reading and reading[0].rank < head.rank:
+                num_ahead += reading.popleft().gap
+            if num_ahead >= self._budget:
                 return
-            # Ledger: waiting -> running. Blocks come chunk by chunk.
-            self._waiting.pop(0)
+            found = self.prefixes.matching(head) if self._config.prefix_cache else []
+            # Of what is found, only what somebody owns is not among the free ones.
+            num_needed = num_owed + self._num_owed(head) - sum(self.pool.num_owners(block) > 0 for block in found)
+            # Alone it is let in without a spare block: it fits (see `_misfit`) and has nobody to wait for.
+            if self._running and num_needed > self.pool.num_free:
+                return
+            # Ledger: waiting -> running. Blocks come chunk by chunk, but for those found.
+            self._waiting.pop()
             insort(self._running, head, key=attrgetter("rank"))
+            self.prefixes.adopt(head, found)
+            num_ahead += head.gap
+            num_owed += self._num_owed(head)
+
+    def _num_owed(self, sequence: Sequence) -> int:
+        """Blocks that it has yet to get for all that is known of it, and one more."""
+        return self._num_blocks(sequence.num_total) + 1 - len(sequence.blocks)
+
+    def _unseat(self, sequence: Sequence) -> bool:
+        """It does not run any more. False: it did not."""
+        at = bisect_left(self._running, sequence.rank, key=attrgetter("rank"))
+        if at == len(self._running) or self._running[at] is not sequence:
+            return False
+        del self._running[at]
+        return True
 
     def _preempt(self, victim: Sequence) -> None:
-        """Its tokens will be computed again, its outputs stay. With its old arrival it is first of its priority."""
-        # Ledger: running -> waiting, its blocks -> free.
-        self._running.remove(victim)
+        """Its outputs stay, and its tokens will be computed again where others have taken its blocks by then. With its
+        old arrival it is first of its priority."""
+        # Ledger: running -> waiting, its blocks -> free, where they can be found.
+        self._unseat(victim)
         self._free(victim)
-        insort(self._waiting, victim, key=attrgetter("rank"))
+        self._waiting.add(victim)
         self.num_preemptions += 1
 
     def _free(self, sequence: Sequence) -> None:
         # Ledger: the sequence is no longer an owner of its blocks.
         self.pool.give_back(sequence.blocks)
+        sequence.num_seen = max(sequence.num_seen, sequence.num_computed)
         sequence.blocks, sequence.num_computed = [], 0
 
     def _misfit(self, sequence: Sequence) -> Finish | None:

@@ -25,24 +25,25 @@ class Sequence:
     num_pending: int = 0
     arrival: int = 0  # number of sequences added before this one
     matcher: Matcher | None = None  # of a request with a grammar: knows the output's ids
+    names: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as anybody asked
+    num_cached: int = 0  # prompt tokens that were found, not computed, when they were first needed
+    num_seen: int = -1  # tokens that were in blocks before a preemption; -1 = it has never run
+    # Of the request; not properties, since the scheduler asks for them many times in each step.
+    id: str = field(init=False)
+    num_prompt: int = field(init=False)
 
-    @property
-    def id(self) -> str:
-        return self.request.id
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
+    def __post_init__(self) -> None:
+        self.id, self.num_prompt = self.request.id, len(self.request.prompt_ids)
 
     @property
     def num_total(self) -> int:
         """Tokens of prompt and output, a pending one included."""
-        return len(self.request.prompt_ids) + len(self.output_ids) + self.num_pending
+        return self.num_prompt + len(self.output_ids) + self.num_pending
 
     @property
     def gap(self) -> int:
         """Tokens known but not computed. Computing the last of them gives the next one."""
-        return self.num_total - self.num_computed
+        return self.num_prompt + len(self.output_ids) + self.num_pending - self.num_computed
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -64,13 +64,15 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One piece of a request's log: ids from output position `start` on. The terminal one has `finish`, `timings`."""
+    """One piece of a request's log: ids from output position `start` on. The terminal one has `finish`, `timings`, and
+    how many tokens of the prompt were not computed but found, if it came from an engine."""
 
     start: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
     timings: Timings | None = None
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)

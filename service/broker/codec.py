@@ -3,7 +3,9 @@
 Owns the wire format and nothing else; it knows no queue, no network and no worker. Every value is an array that starts
 with a version. A request is a map by field name: a field this program does not know, and a version it does not speak,
 are refused, never skipped, while a missing field takes its default. Entries are written once per token and therefore
-positional. Redis's functions write terminal entries too: they have no null, so false stands for it there. The format: https://github.com/msgpack/msgpack/blob/master/spec.md
+positional; their last part is there only where it says something, as in an older program's there is none. Redis's
+functions write terminal entries too: they have no null, so false stands for it there. The format:
+https://github.com/msgpack/msgpack/blob/master/spec.md
 """
 
 from dataclasses import fields
@@ -25,12 +27,15 @@ class CodecError(MillraceError):
 
 
 def encode_request(request: Request) -> bytes:
-    return _pack((VERSION, request))
+    body = _as_map(request)
+    if not request.cache_salt:
+        del body["cache_salt"]  # a program that does not know it reads what does not need it
+    return _pack((VERSION, body))
 
 
 def decode_request(raw: bytes) -> Request:
     """The request exactly as encoded. Raises `CodecError`."""
-    (body,) = _body(raw, 1)
+    (body,) = _body(raw, (1,))
     try:
         sampling, text = SamplingParams(**body["sampling"]), TextOptions(**body["text"])
         grammar = Grammar(**body["grammar"]) if body.get("grammar") else None
@@ -44,12 +49,13 @@ def encode_entry(delta: Delta) -> bytes:
     logprobs = [(item.logprob, item.top) for item in delta.logprobs] if delta.logprobs else ()
     end = delta.finish
     finish = None if end is None else (end.reason, end.stop_reason, end.error)
-    return _pack((VERSION, delta.start, delta.token_ids, logprobs, finish))
+    cached = (delta.num_cached,) if delta.num_cached else ()
+    return _pack((VERSION, delta.start, delta.token_ids, logprobs, finish, *cached))
 
 
 def decode_entry(raw: bytes) -> Entry:
     """What a reader gets of it, but for the timings. Raises `CodecError`."""
-    start, token_ids, logprobs, finish = _body(raw, 4)
+    start, token_ids, logprobs, finish, *cached = _body(raw, (4, 5))
     try:
         return Entry(
             start,
@@ -58,6 +64,7 @@ def decode_entry(raw: bytes) -> Entry:
             None
             if finish is None
             else Finish(FinishReason(finish[0]), *(v if v is not False else None for v in finish[1:])),
+            num_cached=int(*cached),
         )
     except (TypeError, ValueError, IndexError) as error:
         raise CodecError(f"a stored entry does not fit version {VERSION}: {error}") from error
@@ -72,13 +79,13 @@ def _as_map(value: Any) -> dict[str, object]:
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
-def _body(raw: bytes, size: int) -> Any:
+def _body(raw: bytes, sizes: tuple[int, ...]) -> Any:
     """What follows the version. Arrays come back as tuples, as our frozen values have them."""
     try:
         version, *body = msgpack.unpackb(raw, use_list=False)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise CodecError(f"{len(raw)} stored bytes are not a record: {error}") from error
-    if version != VERSION or len(body) != size:
+    if version != VERSION or len(body) not in sizes:
         raise CodecError(
             f"a record of version {version!r} with {len(body)} parts; this program reads version {VERSION}"
         )

@@ -312,7 +312,7 @@ class MemoryBroker:
         if delta.finish is not None:
             timings = Timings(record.queue_s, record.ttft_s, self._age_s(record))
             self._leave(record)
-        record.log.append(Entry(delta.start, delta.token_ids, delta.logprobs, delta.finish, timings))
+        record.log.append(Entry(delta.start, delta.token_ids, delta.logprobs, delta.finish, timings, delta.num_cached))
 
     def _leave(self, record: _Record) -> None:
         """It ends here. With the last of a group, the time of their logs begins to run."""

@@ -69,6 +69,7 @@ class Choice:
         self.num_tokens = 0
         self.finish: Finish | None = None
         self.timings: Timings | None = None
+        self.num_cached = 0
         self.held_back = ""
         self.told_end = False  # by its terminal entry, and not by a failure here
         self._assembler = Assembler(served.tokenizer, request)
@@ -91,6 +92,7 @@ class Choice:
             self.book.tokens(len(entry.token_ids), now_s)
         if entry.finish is not None:
             self.finish, self.timings, self.told_end = entry.finish, entry.timings, True
+            self.num_cached = entry.num_cached
             self.held_back = self._opening + self._assembler.finish()
             self.book.end(entry.finish.reason, now_s, entry.timings.queue_s if entry.timings else None)
         return pieces
@@ -204,11 +206,14 @@ class Generation:
         ]
 
     def usage(self) -> Usage:
-        """Each prompt counts once, generated ids of all choices together."""
+        """Each prompt counts once, generated ids of all choices together. What none of a prompt's choices had to
+        compute is cached: what one of them found, another may just have computed."""
         first = self.choices[0].request
         answers = first.num_choices // first.num_prompts
-        num_prompt = sum(len(choice.request.prompt_ids) for choice in self.choices[::answers])
-        return Usage(num_prompt, sum(choice.num_tokens for choice in self.choices))
+        begins = range(0, len(self.choices), answers)
+        num_prompt = sum(len(self.choices[at].request.prompt_ids) for at in begins)
+        num_cached = sum(min(choice.num_cached for choice in self.choices[at : at + answers]) for at in begins)
+        return Usage(num_prompt, sum(choice.num_tokens for choice in self.choices), num_cached)
 
     def used(self) -> int | None:
         """Tokens of prompts and answers; None while it goes on without this reader."""

@@ -151,6 +151,7 @@ async def take_in(asked: Asked, served: Served, client: Client = Client()) -> In
             about=asked.about,
             request_id=client.request_id,
             traceparent=client.traceparent,
+            cache_salt=body.cache_salt or "",
         )
         for i, (prompt_ids, sampling) in enumerate(sequences)
     )

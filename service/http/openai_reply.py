@@ -270,13 +270,14 @@ def _failed(error: MillraceError) -> bytes:
     return b"data: %b\n\n%b" % (orjson.dumps(openai_error(error)), DONE)
 
 
-def usage_of(generation: Generation) -> dict[str, int]:
+def usage_of(generation: Generation) -> dict[str, object]:
     """In OpenAI's words."""
     usage = generation.usage()
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 

@@ -196,7 +196,6 @@ UNHONOURED: dict[str, tuple[object, ...]] = {
     "audio": (),
     "background": (False,),
     "bad_words": ([],),
-    "cache_salt": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),

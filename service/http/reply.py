@@ -122,6 +122,7 @@ class Native:
                 "prompt_tokens": usage.prompt_tokens,
                 "completion_tokens": usage.completion_tokens,
                 "total_tokens": usage.total_tokens,
+                "cached_tokens": usage.cached_tokens,
             },
             "timings": generation.timings(),
         }

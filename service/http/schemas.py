@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from model.grammar_check import MAX_GRAMMAR_CHARS, MAX_REGEX_CHARS
 
 MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_STOP_IDS, MAX_BIASES = 16, 256, 64, 300
+MAX_SALT_CHARS = 256
 MAX_COUNT = 2**31 - 1
 
 
@@ -158,6 +159,14 @@ class GenerateRequest(BaseModel):
     priority: int = _integer(
         0, "One of two: -1 goes ahead of the others, until those have waited long; 0 is the usual one", -1, 0
     )
+    cache_salt: str | None = _field(
+        None,
+        "What is computed for this prompt is used again only by requests with the same one; without it, by all of the "
+        "same key",
+        f"a string of 1 to {MAX_SALT_CHARS} characters",
+        min_length=1,
+        max_length=MAX_SALT_CHARS,
+    )
     on_overflow: Literal["reject", "truncate_left"] = _field(
         "reject",
         "What to do with a prompt that fills the context",
@@ -197,11 +206,14 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
-    """The prompt counts once, however many answers; generated tokens are those of all answers, stop tokens included."""
+    """The prompt counts once, however many answers; generated tokens are those of all answers, stop tokens included.
+    `cached_tokens` are those of the prompt that were not computed, since an earlier request began with them; 0 where
+    the end did not come from the model."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    cached_tokens: int
 
 
 class Timings(BaseModel):

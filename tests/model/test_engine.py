@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.engine.engine import Engine
-from model.request import Delta, FinishReason, Request, SamplingParams, TextOptions
+from model.request import Delta, FinishReason, Request, SamplingParams, TextOptions, child_seed
 from model.sampling.sampler import Drawn, Row, sample
 from tests.model.conftest import TINY, MakeEngine, random_decoder
 
@@ -27,6 +27,11 @@ def outputs(engine: Engine, requests: list[Request]) -> dict[str, tuple[int, ...
     for request in requests:
         engine.add(request)
     return {id: sum((d.token_ids for d in deltas), ()) for id, deltas in run(engine).items()}
+
+
+def run_one(engine: Engine, request: Request) -> list[Delta]:
+    engine.add(request)
+    return run(engine)[request.id]
 
 
 def mixed_requests(num: int, max_prompt: int = 60) -> list[Request]:
@@ -49,6 +54,16 @@ def mixed_requests(num: int, max_prompt: int = 60) -> list[Request]:
             ),
         )
         for i in range(num)
+    ]
+
+
+def sharing_requests(num: int) -> list[Request]:
+    """As `mixed_requests`, with prompts that begin as others do."""
+    rng = random.Random(8)
+    stems = [tuple(rng.randrange(256) for _ in range(length)) for length in (32, 70, 150)]
+    return [
+        replace(request, prompt_ids=(*rng.choice(stems)[: rng.choice([20, 48, 64, 150])], *request.prompt_ids[:20]))
+        for request in mixed_requests(num)
     ]
 
 
@@ -108,6 +123,41 @@ def test_logits_are_bitwise_independent_of_the_batch(make_engine: MakeEngine, re
     assert record and all(torch.equal(row, batched[key]) for key, row in record.items())
 
 
+@pytest.mark.parametrize("changes", [{}, {"max_batch_tokens": 37}, {"num_blocks": 70, "block_size": 4}])
+def test_a_prefix_hit_is_bitwise_a_miss(make_engine: MakeEngine, record: Logits, changes: dict[str, int]) -> None:
+    requests = sharing_requests(32)
+    plain = outputs(make_engine(prefix_cache=False), requests)
+    computed = dict(record)
+    record.clear()
+    engine = make_engine(**changes)
+    for some in (requests[:5], requests[5:], requests[::3]):  # the last time all of it is known
+        assert outputs(engine, some) == {request.id: plain[request.id] for request in some}
+    assert all(torch.equal(row, computed[key]) for key, row in record.items())
+    stats = engine.stats()
+    assert stats.prefix_found_total > 0.3 * stats.prefix_asked_total
+    assert stats.num_free_blocks == stats.num_blocks
+
+
+def test_choices_of_a_prompt_compute_it_once_and_differ_not_from_those_alone(make_engine: MakeEngine) -> None:
+    [one] = [replace(r, prompt_ids=r.prompt_ids * 4) for r in mixed_requests(20) if len(r.prompt_ids) == 57]
+    group = [
+        replace(one, id=f"a.{i}", num_choices=4, sampling=replace(one.sampling, seed=child_seed(3, i)))
+        for i in range(4)
+    ]
+    engine = make_engine()
+    together = outputs(engine, group)
+    assert together == {r.id: outputs(make_engine(prefix_cache=False), [r])[r.id] for r in group}
+    assert engine.stats().prompt_tokens_total == len(one.prompt_ids) + 3 * (len(one.prompt_ids) - 224)
+
+
+def test_the_end_tells_how_much_of_the_prompt_was_found(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    prompt = tuple(range(40))
+    for id, salt, num_cached in (("a", "", 0), ("b", "", 32), ("c", "s", 0)):
+        engine.add(Request(id, prompt, SamplingParams(max_tokens=2), cache_salt=salt))
+        assert [delta.num_cached for delta in run(engine)[id]] == [0, num_cached]
+
+
 def test_a_prompt_of_several_steps_tells_how_far_it_has_come(make_engine: MakeEngine) -> None:
     engine = make_engine(max_batch_tokens=16)
     engine.add(Request("a", tuple(range(40)), SamplingParams(max_tokens=2)))
@@ -164,6 +214,24 @@ def test_a_network_that_breaks_ends_only_the_broken_request(make_engine: MakeEng
         assert finish is not None
         assert finish.reason is (FinishReason.ERROR if id.startswith("bad") else FinishReason.LENGTH)
     assert engine.stats().num_free_blocks == engine.stats().num_blocks
+    assert engine.runner.store.keys.isfinite().all()
+
+
+def test_a_shared_beginning_outlives_a_sharer_that_breaks_and_what_broke_is_not_found(make_engine: MakeEngine) -> None:
+    decoder = random_decoder(TINY)
+    decoder.embed.weight[7] = torch.nan
+    engine = make_engine(decoder)
+    engine.runner.decoder.logits = lambda hidden, ops: hidden @ random_decoder(TINY, 1).embed.weight.T  # type: ignore[method-assign]
+    common, params = tuple(range(20, 60)), SamplingParams(max_tokens=30, temperature=0.0)
+    good = [Request(f"good{i}", common, params) for i in range(2)]
+    alone = sum((d.token_ids for d in run_one(engine, good[0])), ())
+    engine.add(good[1])
+    engine.add(Request("bad", (*common, *[7] * 30), params))
+    deltas = run(engine)
+    finish = deltas["bad"][-1].finish
+    assert finish is not None and finish.reason is FinishReason.ERROR
+    assert sum((d.token_ids for d in deltas["good1"]), ()) == alone
+    assert run_one(engine, Request("bad", (*common, *[7] * 30), params))[-1].num_cached <= 32
     assert engine.runner.store.keys.isfinite().all()
 
 

@@ -20,7 +20,7 @@ from model.nn.ops import Heads, Ops
 from model.request import Request, SamplingParams
 from model.tokenizer import Tokenizer
 from tests.model.conftest import TINY, MakeEngine, random_decoder
-from tests.model.test_engine import mixed_requests, outputs, run
+from tests.model.test_engine import mixed_requests, outputs, run, sharing_requests
 
 
 class PlainRagged(Ops):
@@ -92,6 +92,17 @@ def test_the_same_tokens_as_the_plain_runner(
     assert outputs(engine, requests) == outputs(make_engine(), requests)
     assert engine.stats().num_free_blocks == engine.stats().num_blocks
     assert (engine.stats().preemptions_total > 0) == ("num_blocks" in changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_batch_tokens": 37}, {"num_blocks": 70, "block_size": 4}])
+def test_a_prefix_hit_gives_the_tokens_of_a_miss(
+    make_fast: MakeEngine, make_engine: MakeEngine, changes: dict[str, int]
+) -> None:
+    requests = [replace(r, sampling=replace(r.sampling, repetition_penalty=1.0)) for r in sharing_requests(24)]
+    plain = outputs(make_engine(prefix_cache=False), requests)
+    engine = make_fast(**changes)
+    assert outputs(engine, requests[:4]) | outputs(engine, requests[4:]) == plain
+    assert engine.stats().prefix_found_total > 0
 
 
 def test_windows_biases_and_learned_positions(make_fast: MakeEngine, make_engine: MakeEngine) -> None:

@@ -13,7 +13,9 @@ from model.engine.scheduler import Outcome, Scheduler, StepPlan
 from model.engine.sequence import Sequence
 from model.request import Finish, FinishReason, Request, SamplingParams
 
-ROOMY = EngineConfig(max_model_len=100, max_num_seqs=8, max_batch_tokens=10, block_size=4, num_blocks=100)
+ROOMY = EngineConfig(
+    max_model_len=100, max_num_seqs=8, max_batch_tokens=10, block_size=4, num_blocks=100, prefix_cache=False
+)
 EOS, STOP_ID = 0, 1
 
 
@@ -272,19 +274,19 @@ class AnyWorkload(RuleBasedStateMachine):
 
     @initialize(
         num_seqs=st.integers(1, 6), budget=st.integers(1, 12), size=st.integers(1, 4), num_blocks=st.integers(1, 14),
-        max_len=st.integers(2, 30),
+        max_len=st.integers(2, 30), prefix_cache=st.booleans(),
     )  # fmt: skip
-    def start(self, num_seqs: int, budget: int, size: int, num_blocks: int, max_len: int) -> None:
-        config = EngineConfig("cpu", "float32", max_len, num_seqs, budget, size, num_blocks)
+    def start(self, num_seqs: int, budget: int, size: int, num_blocks: int, max_len: int, prefix_cache: bool) -> None:
+        config = EngineConfig("cpu", "float32", max_len, num_seqs, budget, size, num_blocks, prefix_cache)
         self.bench = Bench(config)
         self.scheduler = self.bench.scheduler
         self.alive: dict[str, Sequence] = {}
         self.num_added = 0
 
     @rule(
-        prompt=st.lists(st.integers(2, 15), min_size=1, max_size=20).map(tuple), max_tokens=st.integers(1, 20),
+        prompt=st.lists(st.integers(2, 3), min_size=1, max_size=20).map(tuple), max_tokens=st.integers(1, 20),
         min_tokens=st.integers(0, 5), stops=st.sampled_from([(), (EOS,), (STOP_ID, EOS)]),
-        priority=st.integers(0, 2), done=st.integers(0, 4),
+        priority=st.integers(0, 2), done=st.integers(0, 4), whose=st.sampled_from(["a", "b"]),
     )  # fmt: skip
     def add(
         self,
@@ -294,10 +296,11 @@ class AnyWorkload(RuleBasedStateMachine):
         stops: tuple[int, ...],
         priority: int,
         done: int,
+        whose: str,
     ) -> None:
         self.num_added += 1
         params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stops, eos_ids=(EOS,))
-        request = Request(str(self.num_added), prompt, params, priority=priority)
+        request = Request(str(self.num_added), prompt, params, tenant=whose, priority=priority)
         so_far = alone(request, self.bench.config)[0][:done]  # as another worker would have left it
         self.alive[request.id] = self.bench.take(request, tuple(so_far))
 
@@ -320,7 +323,8 @@ class AnyWorkload(RuleBasedStateMachine):
         planned = {chunk.sequence.id: chunk.num_tokens for chunk in plan.chunks}
         if plan.num_tokens < self.bench.config.max_batch_tokens and self.scheduler.pool.num_free:
             # Nobody who runs is held back without a reason.
-            assert all(planned[id] == each.gap for id, each in self.alive.items() if each.blocks)
+            is_coming = self.scheduler.prefixes.is_coming
+            assert all(planned.get(id) == each.gap or is_coming(each) for id, each in self.alive.items() if each.blocks)
         outcomes = self.scheduler.commit(plan, self.bench.compute(plan))
         assert plan.chunks or outcomes or not self.alive  # something happens in every step
         for outcome in outcomes:
@@ -335,8 +339,16 @@ class AnyWorkload(RuleBasedStateMachine):
     def books_balance(self) -> None:
         if not hasattr(self, "alive"):
             return
-        owned = [block for sequence in self.alive.values() for block in sequence.blocks]
-        assert len(set(owned)) == len(owned) == self.scheduler.pool.num_used
+        owners: dict[int, list[str]] = {}
+        for sequence in self.alive.values():
+            for block in sequence.blocks:
+                owners.setdefault(block, []).append(sequence.request.tenant)
+        pool = self.scheduler.pool
+        assert {block: pool.num_owners(block) for block in range(pool.num_blocks) if pool.num_owners(block)} == {
+            block: len(found) for block, found in owners.items()
+        }
+        assert pool.num_used == len(owners)
+        assert all(len(set(found)) == 1 for found in owners.values())  # tenants never share
         assert all(len(each.blocks) == self.num_blocks(each.num_computed) for each in self.alive.values())
         assert self.scheduler.num_running <= min(self.bench.config.max_num_seqs, self.bench.config.max_batch_tokens)
 

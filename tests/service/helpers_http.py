@@ -40,11 +40,12 @@ TOKENIZER = byte_tokenizer()
 SERVED = Served("tiny", TOKENIZER, 64, 256, (0,), GenerationDefaults(temperature=0.5), created=1_700_000_000)
 
 
-def say(text: str, finish: Finish = STOP) -> Script:
+def say(text: str, finish: Finish = STOP, num_cached: int = 0) -> Script:
     """One entry for each token of a text, the last with the finish."""
     ids = TOKENIZER.encode(text)
     entries = [Entry(i, (token_id,)) for i, token_id in enumerate(ids[:-1])]
-    return lambda request: [*entries, Entry(len(ids) - 1, (ids[-1],), finish=finish, timings=TIMINGS)]
+    end = Entry(len(ids) - 1, (ids[-1],), finish=finish, timings=TIMINGS, num_cached=num_cached)
+    return lambda request: [*entries, end]
 
 
 def hang(*entries: Entry) -> Script:

@@ -38,6 +38,17 @@ async def test_a_look_tells_the_log_so_far_and_its_end(make_broker: MakeBroker) 
     assert (ended.position, ended.num_computed) == (None, 0)
 
 
+async def test_what_was_found_in_the_cache_is_told_to_every_reader_by_the_end(make_broker: MakeBroker) -> None:
+    rig = await make_broker()
+    await running(rig, ask("a", num_prompt=100))
+    await rig.worker.commit([Delta("a", 0, (5,))])
+    assert (await glance(rig, "a")).log.num_cached == 0
+    await rig.worker.commit([Delta("a", 1, (6,), finish=STOP, num_cached=32)])
+    for _ in range(2):
+        assert (await read(rig.requests, "a"))[-1].num_cached == 32
+    assert (await glance(rig, "a")).log.num_cached == 32
+
+
 async def test_how_far_a_prompt_has_come_is_told_while_it_runs(make_broker: MakeBroker) -> None:
     rig = await make_broker()
     await running(rig, ask("a", num_prompt=100))

@@ -48,7 +48,7 @@ def test_a_request_comes_back_as_it_was(request_: Request) -> None:
 @given(every_field_of(Delta, strategies()))
 def test_a_delta_becomes_an_entry_with_all_it_said(delta: Delta) -> None:
     entry = decode_entry(encode_entry(delta))
-    assert entry == Entry(delta.start, delta.token_ids, delta.logprobs, delta.finish)
+    assert entry == Entry(delta.start, delta.token_ids, delta.logprobs, delta.finish, num_cached=delta.num_cached)
     assert entry.finish is None or type(entry.finish.reason) is FinishReason
 
 
@@ -65,6 +65,15 @@ def test_another_version_and_an_unknown_field_are_refused_by_name() -> None:
         decode_request(msgpack.packb((VERSION + 1, body)))
     with pytest.raises(CodecError, match="colour"):
         decode_request(msgpack.packb((version, body | {"colour": 1})))
+
+
+def test_what_an_older_program_wrote_is_read_and_what_it_can_read_is_written_so() -> None:
+    finish = Finish(FinishReason.STOP)
+    old = msgpack.packb((1, 3, (7,), (), ("stop", None, None)))
+    assert decode_entry(old) == Entry(3, (7,), finish=finish)
+    assert encode_entry(Delta("a", 3, (7,), finish=finish)) == old
+    assert decode_entry(encode_entry(Delta("a", 3, (7,), finish=finish, num_cached=5))).num_cached == 5
+    assert "cache_salt" not in msgpack.unpackb(encode_request(Request("a", (1,))))[1]
 
 
 def test_a_field_that_an_older_program_did_not_write_takes_its_default() -> None:

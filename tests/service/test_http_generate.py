@@ -24,7 +24,7 @@ async def test_the_answer_has_the_documented_shape() -> None:
             "stop_reason": None,
         }
     ]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7}
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7, "cached_tokens": 0}
     assert answer["timings"] == {"queue_s": 0.25, "ttft_s": 0.5, "total_s": 1.5}
 
 
@@ -41,8 +41,17 @@ async def test_choices_have_ids_seeds_and_one_prompt_count() -> None:
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
     assert [request.id for request in door.broker.requests] == [f"{answer['id']}.{i}" for i in range(3)]
     assert [request.sampling.seed for request in door.broker.requests] == [child_seed(5, i) for i in range(3)]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11}
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11, "cached_tokens": 0}
     assert door.books() == {"accepted": 3, "in_flight": 0, "length": 3}
+
+
+async def test_what_was_found_in_the_cache_is_told_and_the_salt_reaches_the_request() -> None:
+    found = {"one.0": 16, "one.1": 32}
+    door = Door(lambda request: say("abc", num_cached=found["one" + request.id[-2:]])(request))
+    answer = (await door.generate([1] * 40, n=2, cache_salt="s")).json()
+    assert answer["usage"]["cached_tokens"] == 16  # the second found what the first had computed
+    assert [request.cache_salt for request in door.broker.requests] == ["s", "s"]
+    assert (await door.generate(cache_salt="")).status_code == 422
 
 
 async def test_log_probabilities_in_the_completions_shape() -> None:

@@ -18,6 +18,8 @@ class Stats:
     prompt_tokens_total: int = 0
     output_tokens_total: int = 0
     last_rows: int = 0
+    prefix_asked_total: int = 0
+    prefix_found_total: int = 0
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -75,6 +77,8 @@ def test_steps_add_what_the_engine_counted_since_the_last_one() -> None:
     metrics = Metrics()
     metrics.on_step(Stats(num_free_blocks=4, prompt_tokens_total=7, output_tokens_total=1, last_rows=8), 0.01)
     metrics.on_step(Stats(num_free_blocks=5, prompt_tokens_total=7, output_tokens_total=3, preemptions_total=1), 0.01)
+    metrics.on_step(Stats(10, 5, 1, 7, 3, prefix_asked_total=9, prefix_found_total=4), 0.01)
+    assert (value(metrics, "prefix_asked_tokens_total"), value(metrics, "prefix_found_tokens_total")) == (9, 4)
     assert (value(metrics, "prompt_tokens_total"), value(metrics, "generated_tokens_total")) == (7, 3)
     assert (value(metrics, "preemptions_total"), value(metrics, "cache_use_ratio")) == (1, 0.5)
     # The second computed nothing: it only told what had become free.

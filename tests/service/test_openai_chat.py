@@ -28,7 +28,12 @@ async def test_a_chat_is_answered_whole() -> None:
                 "stop_reason": None,
             }
         ],
-        "usage": {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10},
+        "usage": {
+            "prompt_tokens": 5,
+            "completion_tokens": 5,
+            "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
     (request,) = door.broker.requests
     assert bytes(request.prompt_ids) != b"" and len(request.prompt_ids) == len("u:hi|")
@@ -55,6 +60,14 @@ async def test_usage_comes_at_the_end_if_asked_for_and_with_every_chunk_if_asked
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = chunks_of(await OpenAIDoor().chat(stream=True, stream_options=options))
     assert [chunk["usage"]["total_tokens"] for chunk in chunks] == [6, 7, 8, 9, 10, 10, 10]
+
+
+async def test_what_was_found_in_the_cache_is_told_in_whole_answers_and_streams() -> None:
+    door = OpenAIDoor(say("hello", num_cached=3))
+    assert (await door.chat(cache_salt="s")).json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    assert door.broker.requests[0].cache_salt == "s"
+    chunks = chunks_of(await door.chat(stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
 async def test_what_was_held_back_comes_before_the_reason() -> None:
@@ -126,7 +139,7 @@ async def test_fields_that_nobody_knows_are_passed_over_and_named() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"cache_salt": "x"}, "cache_salt"),
+    ({"cache_salt": ""}, "cache_salt"),
     ({"functions": [{}]}, "functions"),
     ({"best_of": 2}, "best_of"),
     ({"top_logprobs": 2}, "top_logprobs"),

@@ -34,6 +34,12 @@ async def test_a_response_is_answered_whole() -> None:
     assert (request.sampling.seed, request.sampling.max_tokens) == (3, 59)  # all the room there is
 
 
+async def test_what_was_found_in_the_cache_is_told() -> None:
+    door = ResponsesDoor(say("hello", num_cached=3))
+    assert (await door.respond(cache_salt="s")).json()["usage"]["input_tokens_details"]["cached_tokens"] == 3
+    assert door.broker.requests[0].cache_salt == "s"
+
+
 async def test_items_become_the_turns_of_a_conversation() -> None:
     door = ResponsesDoor(max_model_len=200)
     answer = [{"type": "output_text", "text": "b", "annotations": []}]
@@ -79,7 +85,7 @@ async def test_an_input_that_is_too_long_is_refused_or_cut() -> None:
         {"top_logprobs": 2},
         {"max_tokens": 3},
         {"n": 2},
-        {"cache_salt": "s"},
+        {"cache_salt": ""},
         {"input": []},
         {"input": [{"type": "input_image", "image_url": "x"}]},
         {"tools": [{"type": "web_search"}]},
