@@ -69,6 +69,7 @@ def _is_refusal(error: Exception) -> bool:
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a Hugging Face folder (default: the bundled storyteller)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--quantize", choices=["none", "int8"], help="int8: weights of one byte, half the memory")
 
 
 def _engine_options(parser: argparse.ArgumentParser) -> None:

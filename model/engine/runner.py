@@ -42,7 +42,7 @@ class Runner:
         self.device = torch.device(config.device)
         dtype = as_dtype(config.dtype)
         self.store = PagedStore(decoder.config, config.num_blocks, config.block_size, self.device, dtype)
-        matrices = [(p.shape[0], p.shape[1]) for p in decoder.parameters() if p.dim() == 2]
+        matrices = [(p.shape[0], p.shape[1]) for p in decoder.parameters() if p.dim() == 2 and p.is_floating_point()]
         self.row_multiple = linear_rows(matrices, self.device, dtype)
         shape = decoder.config
         self.attention_rows = attention_rows(shape.head_dim, TILE, shape.num_kv_heads, self.device, dtype)
