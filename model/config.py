@@ -94,7 +94,7 @@ class EngineConfig:
     block_size: int = 16  # tokens of one cache block
     num_blocks: int = 0
     quantize: str = "none"  # or "int8": weights of linear layers, one byte each
-    deterministic: bool = False  # on a GPU: matrix products that are slower and don't depend on the batch
+    deterministic: bool = False  # in 16 bits and on a GPU: slower products whose rows don't depend on the batch
 
     @property
     def number_format(self) -> str:

@@ -69,6 +69,7 @@ def load_engine(settings: Settings) -> Engine:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         cache_gib=settings.cache_gib,
+        deterministic=settings.deterministic,
     )
 
 
