@@ -37,13 +37,16 @@ def linear_rows(shapes: Iterable[tuple[int, int]], device: torch.device, dtype: 
 
 def attention_rows(head_dim: int, tile: int, num_heads: int, dtype: torch.dtype) -> int:
     """The multiple for the two products of attention over one tile on a CPU, in a batch of one piece and of several."""
-    found = MULTIPLES[0]
+    # Seen in float32, these products depend on their number of rows in ways that a few numbers need not show.
+    multiples = MULTIPLES if dtype == torch.float32 else (1, *MULTIPLES)
+    found = multiples[0]
     queries, keys = cancelling(NUM_REFERENCE_ROWS, tile, head_dim, dtype)
     weights, values = cancelling(NUM_REFERENCE_ROWS, head_dim, tile, dtype)
     for pieces in {1, 2, 3, num_heads, 8 * num_heads}:
         scores = partial(torch.bmm, mat2=_copies(keys, pieces).transpose(1, 2))
         mixed = partial(torch.bmm, mat2=_copies(values.t(), pieces))
-        found = max(found, _smallest(_copies(queries, pieces), scores), _smallest(_copies(weights, pieces), mixed))
+        for rows, product in ((queries, scores), (weights, mixed)):
+            found = max(found, _smallest(_copies(rows, pieces), product, multiples))
     return found
 
 
@@ -51,16 +54,17 @@ def _copies(matrix: Tensor, num: int) -> Tensor:
     return matrix.expand(num, -1, -1).contiguous()
 
 
-def _smallest(rows: Tensor, product: Callable[[Tensor], Tensor]) -> int:
+def _smallest(rows: Tensor, product: Callable[[Tensor], Tensor], multiples: tuple[int, ...] = MULTIPLES) -> int:
     """The first multiple at which products over fewer rows give, to the bit, what the product over all of them gives;
     `rows` [..., rows, k]."""
     whole = product(rows)
-    for multiple in MULTIPLES:
-        sizes = [multiple * factor for factor in (1, 2, 3, 5, 9) if multiple * factor < NUM_REFERENCE_ROWS]
+    for multiple in multiples:
+        factors = (1, 2, 3, 5, 9) if multiple > 1 else (*range(1, 33), 48, 64, 128)
+        sizes = [multiple * factor for factor in factors if multiple * factor < NUM_REFERENCE_ROWS]
         if all(torch.equal(product(rows[..., :size, :].contiguous()), whole[..., :size, :]) for size in sizes):
             return multiple
     logger.warning("this processor's matrix products depend on their number of rows; results may depend on the batch")
-    return MULTIPLES[-1]
+    return multiples[-1]
 
 
 def cancelling(num: int, m: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
