@@ -14,7 +14,7 @@ KILLS  ?=
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu bench-growth replay-cache load clients fuzz clean
+.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu bench-growth replay-cache load clients bench-perplexity bench-same-text fuzz clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
@@ -28,6 +28,8 @@ help:
 	@echo "make bench-gpu      the engine on a GPU, with nothing installed but torch, triton, transformers (PYTHON=python3)"
 	@echo "make bench-growth   step time by batch, context and queue, the scheduler's share, a long prompt among streams"
 	@echo "make replay-cache   a trace (TRACE=) through the prefix cache, beside a simulated LRU cache"
+	@echo "make bench-perplexity  perplexity and speed of number formats on a text (ARGS=\"--model DIR --data FILE\")"
+	@echo "make bench-same-text   how many of 1,000 requests get the same output alone and among others"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
 	@echo "make fuzz    50,000 requests from /openapi.json, spoilt HTTP and silent sockets against a server of its own"
 	@echo "make clients other people's clients, each in its own environment, against a server: a table of what passed"
@@ -77,6 +79,12 @@ bench-growth: $(VENV)/dev.stamp
 
 replay-cache: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.replay_cache "$(TRACE)" $(ARGS)
+
+bench-perplexity: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.perplexity $(ARGS)
+
+bench-same-text: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.same_text $(ARGS)
 
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)

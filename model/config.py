@@ -87,11 +87,17 @@ class EngineConfig:
     """How a model is run. `num_blocks` is decided when the cache is sized; 0 = not yet."""
 
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = "float32"  # of activations, the cache, and weights that are not quantised
     max_model_len: int = 1024  # tokens of prompt and output together
     max_num_seqs: int = 64  # sequences computed in one step
     max_batch_tokens: int = 512  # tokens computed in one step: prompts are cut into chunks that fit
     block_size: int = 16  # tokens of one cache block
     num_blocks: int = 0
     prefix_cache: bool = True  # keys and values of a common beginning are computed once
-    deterministic: bool = False  # on a GPU: matrix products that are slower and don't depend on the batch
+    quantize: str = "none"  # or "int8": weights of linear layers, one byte each
+    deterministic: bool = False  # in 16 bits and on a GPU: slower products whose rows don't depend on the batch
+
+    @property
+    def number_format(self) -> str:
+        """What a network computes in, in one word: engines of another one don't give the same texts."""
+        return self.dtype if self.quantize == "none" else f"{self.dtype}-{self.quantize}"

@@ -56,9 +56,10 @@ def fingerprint(folder: Path) -> Fingerprint:
     return Fingerprint(door.hexdigest()[:NUM_DIGITS], weights.hexdigest()[:NUM_DIGITS] if files else None)
 
 
-def queue_name(door: str, weights: str, dtype: str, max_model_len: int, protocol: int) -> str:
-    """The queue that only workers read which compute the same: 16 hex digits."""
-    words = f"{protocol} {door} {weights} {dtype} {max_model_len}"
+def queue_name(door: str, weights: str, number_format: str, max_model_len: int, protocol: int) -> str:
+    """The queue that only workers read which compute the same: 16 hex digits. For the format of numbers see
+    `EngineConfig.number_format`."""
+    words = f"{protocol} {door} {weights} {number_format} {max_model_len}"
     return hashlib.sha256(words.encode()).hexdigest()[:NUM_DIGITS]
 
 

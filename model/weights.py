@@ -23,6 +23,7 @@ from model.families.base import Family, Rule
 from model.families.fields import Fields, read_json
 from model.families.registry import FAMILIES
 from model.nn.decoder import Decoder
+from model.nn.quantized import QUANTIZED, quantize_weight, replace_layers
 
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
 ITEM_BYTES: Mapping[str, int] = {
@@ -47,8 +48,11 @@ class Entry:
         return f"{self.path}: tensor {self.name!r}"
 
 
-def load_decoder(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """The network of a model folder, in evaluation mode, without gradients. Raises CheckpointError in one line.
+def load_decoder(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantized: bool = False
+) -> Decoder:
+    """The network of a model folder, in evaluation mode, without gradients; `quantized`: with int8 weights. Raises
+    CheckpointError in one line.
 
     One tensor more than the network itself is in memory at a time; nothing stays mapped to the files.
     """
@@ -61,12 +65,20 @@ def load_decoder(folder: Path, config: ModelConfig, dtype: torch.dtype, device: 
         _check_entries(rule, [stored[name.removeprefix(family.prefix)] for name in rule.theirs])
     with torch.device("meta"), _Unfilled():
         decoder = Decoder(config)
-    state = {}
+        if quantized:
+            replace_layers(decoder, config.tied_head, dtype)
+    state, narrow = {}, {name for name, layer in decoder.named_modules() if isinstance(layer, QUANTIZED)}
     with _Reader() as reader:
         for rule in rules:
             parts = [reader.read(stored[name.removeprefix(family.prefix)]) for name in rule.theirs]
             # Always a copy: a parameter must not live in a mapped file that somebody may replace or cut.
             whole = torch.cat([part.t() if rule.transpose else part for part in parts]).contiguous()
+            layer, _, kind = rule.ours.rpartition(".")
+            if layer in narrow and kind == "weight":
+                narrowed = quantize_weight(whole)
+                state[f"{layer}.numbers"] = narrowed.numbers.to(device)
+                state[f"{layer}.scales"] = narrowed.scales.to(device)
+                continue
             state[rule.ours] = whole.to(device, dtype)
             if dtype == torch.float16 and not state[rule.ours].isfinite().all():
                 found = f"{rule.theirs[0]!r} up to {whole.abs().max():g}"

@@ -70,7 +70,7 @@ class Api:
         self._requests = RedisRequests(
             self._link, self._queue, settings.max_waiting, settings.max_waiting_tokens, settings.keep_s, weights
         )
-        self._lookout = Lookout(Fingerprint("", None), settings.dtype)
+        self._lookout = Lookout(Fingerprint("", None), settings.dtype, settings.quantize)
         self._answered_s: float | None = None  # when a look was answered, for the last time
         self._fits = asyncio.Event()  # some worker, for the first time
 
@@ -141,7 +141,7 @@ class Api:
         folder = self._settings.model or BUNDLED
         longest = read_config(folder).max_position  # until a worker says how much it takes
         model = served(self._settings, Tokenizer.load(folder), longest)
-        self._lookout = Lookout(fingerprint(folder), self._settings.dtype)
+        self._lookout = Lookout(fingerprint(folder), self._settings.dtype, self._settings.quantize)
         self._door.backend.loaded(model, self._requests)
 
     async def _start_worker(self) -> Child:

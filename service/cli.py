@@ -69,10 +69,17 @@ def _is_refusal(error: Exception) -> bool:
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a Hugging Face folder (default: the bundled storyteller)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--quantize", choices=["none", "int8"], help="int8: weights of one byte, half the memory")
 
 
 def _engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
+    parser.add_argument(
+        "--deterministic",
+        action="store_const",
+        const=True,
+        help="the same text in any batch also in 16 bits and on a GPU; slower",
+    )
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output together")
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences computed in one step")
     parser.add_argument("--cache-gib", type=float, metavar="GIB", help="memory for the paged cache")

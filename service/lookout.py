@@ -15,10 +15,11 @@ NO_WORKER = "no worker is alive; start one with: millrace worker --redis-url ...
 
 class Lookout:
     """`chosen` is None until a worker fitted for the first time. It stays when the worker goes, since requests may wait
-    for the next one, until workers of another queue fit. `dtype` may be `auto`: whatever the workers compute in."""
+    for the next one, until workers of another queue fit. `dtype` may be `auto` and `quantize`
+    None: whatever the workers compute in."""
 
-    def __init__(self, own: Fingerprint, dtype: str) -> None:
-        self._own, self._dtype = own, dtype
+    def __init__(self, own: Fingerprint, dtype: str, quantize: str | None = None) -> None:
+        self._own, self._dtype, self._quantize = own, dtype, quantize
         self.chosen: WorkerInfo | None = None
         self.complaint: str | None = NO_WORKER  # why no worker that lives fits; None if one does
         self.num_fitting = 0  # workers of the chosen queue
@@ -49,6 +50,9 @@ class Lookout:
             found.append("its config or tokenizer differs")
         if self._own.weights not in (None, worker.weights):
             found.append("its weights differ")
-        if self._dtype not in ("auto", worker.dtype):
-            found.append(f"its dtype is {worker.dtype}, not {self._dtype}")
+        dtype, _, quantize = worker.dtype.partition("-")
+        if self._dtype not in ("auto", dtype):
+            found.append(f"its dtype is {dtype}, not {self._dtype}")
+        if self._quantize not in (None, quantize or "none"):
+            found.append(f"its --quantize is {quantize or 'none'}, not {self._quantize}")
         return found

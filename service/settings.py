@@ -81,6 +81,8 @@ class Settings(BaseSettings):
     model_name: str | None = Field(None, min_length=1, max_length=200, description="name it is served under")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="number format of the weights")
+    quantize: Literal["none", "int8"] | None = Field(None, description="weights of one byte; absent: as they are")
+    deterministic: bool = Field(False, description="the same text in any batch also in 16 bits and on a GPU; slower")
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output together")
     max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences computed in one step")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads that compute; one less than the cores")

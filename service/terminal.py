@@ -25,7 +25,7 @@ from service.settings import BUNDLED
 def generate(args: argparse.Namespace) -> None:
     """Stream one text to stdout; figures go to stderr."""
     folder = Path(args.model or BUNDLED)
-    chosen = ("device", "dtype", "max_model_len", "cache_gib")
+    chosen = ("device", "dtype", "quantize", "deterministic", "max_model_len", "cache_gib")
     engine = Engine.load(
         folder, max_num_seqs=1, **{name: getattr(args, name) for name in chosen if getattr(args, name)}
     )

@@ -23,7 +23,7 @@ import uvloop
 from model.cache.store import bytes_per_block
 from model.engine.engine import Engine, EngineStats
 from model.fingerprint import fingerprint, queue_name
-from model.nn.decoder import as_dtype, num_parameters
+from model.nn.decoder import as_dtype, num_bytes, num_parameters
 from service.broker.redis import PROTOCOL, Link, WorkerInfo
 from service.broker.redis_work import RedisWork
 from service.child import KEEPER_GONE
@@ -65,10 +65,12 @@ def load_engine(settings: Settings) -> Engine:
         settings.model or BUNDLED,
         device=settings.device,
         dtype=settings.dtype,
+        quantize=settings.quantize or "none",
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         cache_gib=settings.cache_gib,
         prefix_cache=settings.prefix_cache,
+        deterministic=settings.deterministic,
     )
 
 
@@ -80,8 +82,9 @@ def described(engine: Engine, settings: Settings) -> str:
     cuda, threads = config.device == "cuda", torch.get_num_threads()
     where = torch.cuda.get_device_name() if cuda else f"cpu with {threads} thread{'s' if threads > 1 else ''}"
     return (
-        f"model   {settings.served_name}: {decoder.config.family}, {num_parameters(decoder) / 1e6:.1f} M parameters\n"
-        f"device  {where}, {config.dtype}\n"
+        f"model   {settings.served_name}: {decoder.config.family}, {num_parameters(decoder) / 1e6:.1f} M parameters, "
+        f"{num_bytes(decoder) / 2**20:.1f} MiB\n"
+        f"device  {where}, {config.number_format}\n"
         f"cache   {tokens:,} tokens, {size:.2f} GiB; a sequence may have {config.max_model_len:,}"
     )
 
@@ -131,8 +134,8 @@ async def _live(settings: Settings, name: str, up: int) -> int:
 def _announcement(folder: Path, engine: Engine) -> WorkerInfo:
     own, config = fingerprint(folder), engine.config
     assert own.weights is not None, "what was loaded just now is there"
-    name = queue_name(own.door, own.weights, config.dtype, config.max_model_len, PROTOCOL)
-    return WorkerInfo(name, own.door, own.weights, config.dtype, config.max_model_len, PROTOCOL)
+    name = queue_name(own.door, own.weights, config.number_format, config.max_model_len, PROTOCOL)
+    return WorkerInfo(name, own.door, own.weights, config.number_format, config.max_model_len, PROTOCOL)
 
 
 async def _compute(

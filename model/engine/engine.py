@@ -25,7 +25,7 @@ from model.engine.paths import StepRunner, make_runner
 from model.engine.runner import Computed
 from model.engine.scheduler import Chunk, Outcome, Scheduler, StepPlan
 from model.engine.sequence import Sequence
-from model.engine.sizing import choose_device, choose_dtype, size_engine
+from model.engine.sizing import check_quantize, choose_device, choose_dtype, size_engine
 from model.families.registry import read_config
 from model.grammar import Grammars
 from model.nn.decoder import Decoder, as_dtype
@@ -91,26 +91,29 @@ class Engine:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: str = "none",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         cache_gib: float | None = None,
         deterministic: bool = False,
         prefix_cache: bool = True,
     ) -> "Engine":
-        """An engine for a Hugging Face folder; for the last two see `EngineConfig`.
+        """An engine for a Hugging Face folder; for the last three see `EngineConfig`.
 
         Raises `CheckpointError` and `EngineConfigError`, one line each.
         """
+        check_quantize(quantize)
         folder = Path(folder)
         config = read_config(folder)
         tokenizer = Tokenizer.load(folder)
         device = choose_device(device)
         dtype = choose_dtype(dtype, device, config.dtype)
-        decoder = load_decoder(folder, config, as_dtype(dtype), torch.device(device))
+        decoder = load_decoder(folder, config, as_dtype(dtype), torch.device(device), quantize == "int8")
         sized = size_engine(
             config,
             device=device,
             dtype=dtype,
+            quantize=quantize,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             cache_gib=cache_gib,

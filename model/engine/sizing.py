@@ -16,6 +16,7 @@ from model.nn.decoder import as_dtype
 GIB = 2**30
 HOST_SHARE = 0.4  # of the machine's memory: weights, cache and everything else on a CPU
 HOST_BATCH_TOKENS, DEVICE_BATCH_TOKENS = 512, 2048  # of one step: enough to be busy, few enough for others to wait
+QUANTIZE = ("none", "int8")
 DEVICE_SHARE = 0.92  # of a GPU's free memory
 
 
@@ -33,11 +34,18 @@ def choose_dtype(name: str, device: str, checkpoint: str) -> str:
     return name if name != "auto" else checkpoint if device == "cuda" else "float32"
 
 
+def check_quantize(name: str) -> None:
+    """Raises `EngineConfigError` for a way of quantising that there isn't."""
+    if name not in QUANTIZE:
+        raise EngineConfigError(f"--quantize {name}: expected one of {', '.join(QUANTIZE)}")
+
+
 def size_engine(
     config: ModelConfig,
     *,
     device: str,
     dtype: str,
+    quantize: str = "none",
     max_model_len: int | None = None,
     max_num_seqs: int = 64,
     max_batch_tokens: int | None = None,
@@ -50,7 +58,7 @@ def size_engine(
             f"--max-model-len {length}: the checkpoint's positions end at {config.max_position}; use at most that"
         )
     tokens = max_batch_tokens or (DEVICE_BATCH_TOKENS if device == "cuda" else HOST_BATCH_TOKENS)
-    engine = EngineConfig(device, dtype, length, max_num_seqs, max(tokens, max_num_seqs))
+    engine = EngineConfig(device, dtype, length, max_num_seqs, max(tokens, max_num_seqs), quantize=quantize)
     per_block = bytes_per_block(config, engine.block_size, as_dtype(dtype))
     if cache_gib is None:
         wanted = max_num_seqs * -(-length // engine.block_size) * per_block
@@ -97,5 +105,7 @@ def _weight_bytes(config: ModelConfig, engine: EngineConfig) -> int:
     heads = (config.num_heads * 2 + config.num_kv_heads * 2) * config.head_dim
     mlp = config.intermediate_size * (3 if config.gated_mlp else 2)
     numbers = config.num_layers * config.hidden_size * (heads + mlp)
-    numbers += config.vocab_size * config.hidden_size * (1 if config.tied_head else 2)
-    return numbers * as_dtype(engine.dtype).itemsize
+    numbers += config.vocab_size * config.hidden_size
+    item = as_dtype(engine.dtype).itemsize
+    embedding = 0 if config.tied_head else config.vocab_size * config.hidden_size * item
+    return numbers * (item if engine.quantize == "none" else 1) + embedding

@@ -5,6 +5,9 @@ values from the paged cache through block tables. The layer does not know which 
 PyTorch; `kernels/ops.py` has the one for GPUs.
 """
 
+from functools import partial
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +16,8 @@ from model.cache.store import PagedStore
 from model.config import ModelConfig
 from model.nn.batch import TILE, AttentionGroup, ForwardBatch
 from model.nn.norm import RMSNorm
-from model.nn.ops import Angles, Heads, Ops
+from model.nn.ops import Angles, Heads, Ops, Weight
+from model.nn.pieces import Pieces, by_pieces
 
 
 class Attention(nn.Module):
@@ -59,11 +63,18 @@ class PagedAttention(Ops):
 
     Each sequence's keys are reduced tile by tile, in order, with a running maximum and sum (the online softmax of
     arXiv 1805.02867). A tile that is masked for a row changes nothing, to the bit, so neither the length of batch
-    mates nor the size of a prefill chunk can show in a result.
+    mates nor the size of a prefill chunk can show in a result. Linear layers are computed in `pieces`.
     """
 
-    def __init__(self, config: ModelConfig, store: PagedStore, batch: ForwardBatch) -> None:
-        self.config, self.store, self.batch = config, store, batch
+    def __init__(
+        self, config: ModelConfig, store: PagedStore, batch: ForwardBatch, pieces: Pieces = MappingProxyType({})
+    ) -> None:
+        self.config, self.store, self.batch, self.pieces = config, store, batch, pieces
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, Tensor) and (counts := self.pieces.get(tuple(weight.shape))):
+            return by_pieces(x, counts, partial(F.linear, weight=weight, bias=bias))
+        return super().linear(x, weight, bias)
 
     def attend(self, layer: int, heads: Heads) -> Tensor:
         q, k, v = heads.finish()

@@ -74,6 +74,11 @@ def num_parameters(decoder: nn.Module) -> int:
     return sum(p.numel() for p in decoder.parameters())
 
 
+def num_bytes(decoder: nn.Module) -> int:
+    """What a network's weights and tables take in memory."""
+    return sum(t.nbytes for t in (*decoder.parameters(), *decoder.buffers()))
+
+
 def as_dtype(name: str) -> torch.dtype:
     """`float32`, `bfloat16` or `float16` -> torch's own."""
     dtype: torch.dtype = getattr(torch, name)

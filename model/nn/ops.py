@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from model.nn.activations import ACTIVATIONS
 from model.nn.norm import RMSNorm
 from model.nn.positions import rotate
+from model.nn.quantized import Int8Weight
 
 Angles = tuple[Tensor, Tensor]
+Weight = Tensor | Int8Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,9 @@ class Ops(ABC):
     def attend(self, layer: int, heads: Heads) -> Tensor:
         """Mixed values [n, heads, d]."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [n, k] by weight [m, k] -> [n, m]."""
-        return F.linear(x, weight, bias)
+        return weight.linear(x, bias) if isinstance(weight, Int8Weight) else F.linear(x, weight, bias)
 
     def add_norm(self, x: Tensor, update: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """The residual stream x [n, hidden] with a layer's update added (None: none yet), and its norm."""

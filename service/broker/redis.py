@@ -73,7 +73,7 @@ class WorkerInfo:
     queue: str
     door: str  # hash of configuration and tokenizer
     weights: str
-    dtype: str
+    dtype: str  # and how weights are quantised, if they are: `EngineConfig.number_format`
     max_model_len: int
     protocol: int = PROTOCOL
 

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from model.nn.kernels.attention import attend_chunk, attend_one, merge_spans
-from model.nn.kernels.linear import COLUMNS, DEPTH, ROWS, fixed_linear
+from model.nn.kernels.linear import FEW, FIXED, MANY, Tile, tiled_linear
 from model.nn.kernels.rows import add_rms_norm, finish_heads, silu_gate
 
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
@@ -54,12 +54,19 @@ def attention_kernels(
 
 def row_kernels() -> list[tuple[Any, dict[str, str], dict[str, Any], Any]]:
     norm = dict.fromkeys(("x", "update", "weight", "summed", "normed"), BF16)
-    product = {"x": BF16, "weight": BF16, "bias": BF16, "out": BF16, "num_rows": COUNT, "num_columns": COUNT}
-    tile = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "DEEP": 4096, "BIASED": True, "PRECISION": "tf32"}
+    product = {"x": BF16, "bias": BF16, "scales": F32, "out": BF16, "num_rows": COUNT, "num_columns": COUNT}
+
+    def by_tiles(tile: Tile, scaled: bool) -> tuple[Any, dict[str, str], dict[str, Any], Any]:
+        shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "DEEP": 4096}
+        constants = {**shape, "BIASED": True, "SCALED": scaled, "PRECISION": "tf32"}
+        types = {**product, "weight": "*i8" if scaled else BF16}
+        return tiled_linear, types, constants, {"num_warps": 4, "num_stages": 4}
+
     return [
         (add_rms_norm, {**norm, "eps": SCALE}, {"SIZE": 4096, "PAD": 4096, "ADD": True}, {"num_warps": 8}),
         (silu_gate, {"h": BF16, "out": BF16}, {"SIZE": 14336, "STEP": 1024}, {"num_warps": 4}),
-        (fixed_linear, product, tile, {"num_warps": 4, "num_stages": 4}),
+        by_tiles(FIXED, scaled=False),
+        *(by_tiles(tile, scaled=True) for tile in (FIXED, FEW, MANY)),
     ]
 
 

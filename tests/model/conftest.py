@@ -49,7 +49,7 @@ def save_folder(decoder: Decoder, folder: Path) -> Path:
     folder.mkdir(parents=True)
     family, parameters = FAMILIES[decoder.config.family], dict(decoder.named_parameters())
     tensors = {
-        name: part.contiguous()
+        name: (part.t() if rule.transpose else part).contiguous()
         for rule in family.rules(decoder.config)
         for name, part in zip(rule.theirs, torch.split_with_sizes(parameters[rule.ours], rule.sizes), strict=True)
     }

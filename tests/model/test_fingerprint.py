@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from model.config import EngineConfig
 from model.fingerprint import PIECE_BYTES, WHOLE_BYTES, Fingerprint, fingerprint, queue_name
 
 FILES = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": b"\2\0\0\0\0\0\0\0{}weights"}
@@ -106,3 +107,11 @@ def test_a_queue_is_named_by_all_that_its_workers_share() -> None:
     names = {queue_name(*each) for each in [same, *others, (*same[:4], 2)]}
     assert len(names) == 6
     assert {len(name) for name in names} == {16}
+
+
+def test_engines_that_quantise_otherwise_have_queues_of_their_own() -> None:
+    formats = [
+        EngineConfig(dtype=d, quantize=q).number_format for d in ("float32", "bfloat16") for q in ("none", "int8")
+    ]
+    assert formats == ["float32", "float32-int8", "bfloat16", "bfloat16-int8"]
+    assert len({queue_name("d", "w", each, 512, 1) for each in formats}) == 4

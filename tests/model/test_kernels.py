@@ -19,6 +19,7 @@ from model.nn.attention import PagedAttention
 from model.nn.norm import RMSNorm
 from model.nn.ops import Heads
 from model.nn.positions import Rotary
+from model.nn.quantized import linear_scaled, quantize_weight
 from tests.model.conftest import TINY, MakeEngine, random_decoder
 from tests.model.helpers_kernels import DEVICE, NEEDS_TRITON
 from tests.model.test_engine import mixed_requests, outputs
@@ -80,10 +81,24 @@ def test_fixed_linear(rows: int, columns: int, deep: int) -> None:
     assert error(linear(x, weight, bias), F.linear(x, weight, bias)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "columns", "deep"), [(1, 40, 70), (16, 64, 128), (65, 33, 200)])
+def test_int8_linear(rows: int, columns: int, deep: int, dtype: torch.dtype) -> None:
+    x, bias = draw(rows, deep, dtype=dtype), draw(columns, dtype=dtype)
+    weight = quantize_weight(draw(columns, deep))
+    for fixed in (False, True):
+        ops = idle(fixed=fixed)
+        assert error(ops.linear(x, weight), linear_scaled(x, weight)) < TOLERANCE[dtype]
+        assert error(ops.linear(x, weight, bias), linear_scaled(x, weight, bias)) < TOLERANCE[dtype]
+
+
 def test_rows_of_the_fixed_linear_do_not_depend_on_their_number() -> None:
     x, weight = draw(130, 96), draw(50, 96)
     whole = linear(x, weight, None)
     assert all(torch.equal(linear(x[:n], weight, None), whole[:n]) for n in (1, 2, 7, 64, 65))
+    narrow, ops = quantize_weight(weight), idle(fixed=True)
+    whole = ops.linear(x, narrow)
+    assert all(torch.equal(ops.linear(x[:n], narrow), whole[:n]) for n in (1, 2, 7, 64, 65))
 
 
 HEAD_SIZES = [(4, 2, 8), (4, 4, 3), (6, 2, 20), (3, 1, 64), (9, 3, 80), (2, 1, 128)]
@@ -179,7 +194,7 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=590, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("sm_90") == 15
+    assert run.stdout.count("sm_90") == 18
 
 
 @pytest.mark.parametrize("changes", [{}, {"windows": (20, None), "qk_norm": True}, {"position": "learned"}])

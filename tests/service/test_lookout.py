@@ -11,6 +11,7 @@ from service.lookout import NO_WORKER, Lookout
 ONE = WorkerInfo("q1", "door", "weights", "float32", 512, PROTOCOL)
 OTHER = replace(ONE, queue="q2", max_model_len=256)
 HALF = replace(ONE, queue="q3", dtype="bfloat16")
+BYTES = replace(ONE, queue="q4", dtype="float32-int8")
 
 
 def looking(*workers: WorkerInfo, weights: str | None = "weights", dtype: str = "auto") -> Lookout:
@@ -69,3 +70,21 @@ def test_of_several_misfits_the_closest_is_described() -> None:
 
 def test_without_weights_of_its_own_and_with_any_dtype_it_takes_what_there_is() -> None:
     assert looking(replace(HALF, weights="x"), weights=None).chosen == replace(HALF, weights="x")
+
+
+@pytest.mark.parametrize(
+    ("worker", "asked", "told"),
+    [
+        (BYTES, "none", "its --quantize is int8, not none"),
+        (ONE, "int8", "its --quantize is none, not int8"),
+        (BYTES, "int8", None),
+        (BYTES, None, None),
+    ],
+)
+def test_how_weights_are_quantised_counts_only_if_it_is_asked_for(
+    worker: WorkerInfo, asked: str | None, told: str | None
+) -> None:
+    lookout = Lookout(Fingerprint("door", "weights"), "float32", asked)
+    lookout.see([worker])
+    assert (lookout.chosen is None) == (told is not None)
+    assert (told or "") in (lookout.complaint or "")

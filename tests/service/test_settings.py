@@ -37,7 +37,9 @@ def test_an_unknown_name_refuses_and_says_the_likely_one(monkeypatch: pytest.Mon
         Settings.load()
 
 
-@pytest.mark.parametrize(("name", "bad"), [("port", "x"), ("port", "70000"), ("device", "tpu"), ("drain_s", "nan")])
+@pytest.mark.parametrize(
+    ("name", "bad"), [("port", "x"), ("port", "70000"), ("device", "tpu"), ("drain_s", "nan"), ("quantize", "int3")]
+)
 def test_a_bad_value_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch, name: str, bad: str) -> None:
     monkeypatch.setenv(f"MILLRACE_{name.upper()}", bad)
     with pytest.raises(

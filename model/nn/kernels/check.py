@@ -17,6 +17,7 @@ from model.nn.kernels.ops import KernelOps
 from model.nn.norm import RMSNorm
 from model.nn.ops import Heads, Ops
 from model.nn.positions import Rotary
+from model.nn.quantized import linear_scaled, quantize_weight
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 SIZE, PAST, NEW = 16, 300, 20  # of one sequence: tokens in the cache, tokens of a chunk that follows
@@ -89,10 +90,12 @@ def _rows(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> list
     norm = RMSNorm(config.hidden_size, config.norm_eps).to(device, dtype)
     weight = torch.randn(40, config.hidden_size, device=device, dtype=dtype)
     fixed = KernelOps(config, store, ops.batch, fixed=True)
+    narrow = quantize_weight(weight)
     return [
         ("the norm", ops.add_norm(x, x, norm)[1], Ops.add_norm(ops, x, x, norm)[1]),
         ("the gate", ops.gate(h, config.activation), Ops.gate(ops, h, config.activation)),
         ("the fixed product", fixed.linear(x, weight), Ops.linear(ops, x, weight)),
+        ("the product with int8", ops.linear(x, narrow), linear_scaled(x, narrow)),
     ]
 
 

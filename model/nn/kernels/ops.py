@@ -13,10 +13,11 @@ from model.cache.store import PagedStore
 from model.config import ModelConfig
 from model.nn.batch import ROWS_PER_PIECE, RaggedBatch
 from model.nn.kernels.attention import attend_chunk, attend_one, merge_spans
-from model.nn.kernels.linear import linear
+from model.nn.kernels.linear import FIXED, linear
 from model.nn.kernels.rows import add_rms_norm, finish_heads, silu_gate
 from model.nn.norm import RMSNorm
-from model.nn.ops import Heads, Ops
+from model.nn.ops import Heads, Ops, Weight
+from model.nn.quantized import Int8Weight
 
 TILE = 64  # keys reduced at once
 GATE_STEP = 1024
@@ -30,7 +31,9 @@ class KernelOps(Ops):
     def __init__(self, config: ModelConfig, store: PagedStore, batch: RaggedBatch, fixed: bool = False) -> None:
         self.config, self.store, self.batch, self.fixed = config, store, batch, fixed
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, Int8Weight):
+            return linear(x, weight.numbers, bias, weight.scales, FIXED if self.fixed else None)
         return linear(x, weight, bias) if self.fixed else super().linear(x, weight, bias)
 
     def add_norm(self, x: Tensor, update: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
