@@ -18,11 +18,12 @@ FLAGS = (
     "-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread",
     "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas",
 )  # fmt: skip
-AVX512 = ("f", "bw", "vl", "dq", "vnni", "bf16")
+AVX512 = tuple(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16"))
 TARGETS: dict[str, tuple[str, ...]] = {
     "portable": (),
     "avx2": ("-mavx2", "-mfma"),
-    "avx512": ("-mavx2", "-mfma", *(f"-mavx512{part}" for part in AVX512)),
+    "avx512": ("-mavx2", "-mfma", *AVX512),
+    "amx": ("-mavx2", "-mfma", *AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
 """The processor's kinds, in the order of `millrace_level`, and what the compiler is told of each."""
 

@@ -67,7 +67,7 @@ struct Step {
     uint8_t* finite;        // [num_rows]
 };
 
-VISIBLE int millrace_level();  // 0: any processor, 1: AVX2, 2: AVX-512 with VNNI and bfloat16
+VISIBLE int millrace_level();  // 0: any processor, 1: AVX2, 2: AVX-512 with VNNI and bfloat16, 3: and AMX
 VISIBLE void* millrace_open(const Network* network, int num_threads);
 VISIBLE void millrace_step(void* core, const Step* step);
 VISIBLE void millrace_close(void* core);

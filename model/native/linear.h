@@ -10,7 +10,13 @@
 
 constexpr int VECS = PANEL / WIDTH;
 // Rows whose sums fit the registers beside the weights: 24 of 32 in AVX-512, 12 of 16 else.
-constexpr int MOST_ROWS = WIDTH == 16 ? 8 : WIDTH == 8 ? 2 : 1;
+constexpr int VECTOR_ROWS = WIDTH == 16 ? 8 : WIDTH == 8 ? 2 : 1;
+#if defined(__AMX_TILE__)
+constexpr int MOST_ROWS = 32;  // two tiles' worth
+#else
+constexpr int MOST_ROWS = VECTOR_ROWS;
+#endif
+constexpr int SPARE_BYTES = 4096;  // beyond the last panel, which a kernel may look at and multiplies by 0
 
 // How each precision multiplies: X is what one number of a row is stored as, `GROUP` of them are multiplied at a time.
 struct Float32 {
@@ -118,26 +124,105 @@ static inline void finish(const vec (&sums)[VECS], vec (&out)[VECS], const Linea
     for (int v = 0; v < VECS; ++v) out[v] = sums[v];
 }
 
-// `out` [R][PANEL]: R rows times one panel, scaled, with bias. `scales`: of the rows, for int8.
-template <class P, int R>
-static void tile(const Linear& m, int panel, const typename P::X* x, int64_t stride, const float* scales, float* out) {
-    typename P::Sum sums[R][VECS];
+template <class P> static inline const typename P::W* panel_of(const Linear& m, int panel) {
     int64_t groups = (m.num_in + P::GROUP - 1) / P::GROUP;
-    sums_of<P, R>((const typename P::W*)m.weights + panel * groups * P::GROUP * PANEL, x, stride, m.num_in, sums);
-    for (int r = 0; r < R; ++r) {
-        vec wide[VECS];
-        finish(sums[r], wide, m, panel * PANEL, scales[r]);
-        for (int v = 0; v < VECS; ++v) {
-            if (m.bias) wide[v] += load(m.bias + panel * PANEL + v * WIDTH);
-            store(out + r * PANEL + v * WIDTH, wide[v]);
-        }
+    return (const typename P::W*)m.weights + panel * groups * P::GROUP * PANEL;
+}
+
+// The sums of one row -> its numbers, scaled, with bias.
+template <class P>
+static inline void finish_row(const typename P::Sum (&sums)[VECS], const Linear& m, int panel, float scale, float* out) {
+    vec wide[VECS];
+    finish(sums, wide, m, panel * PANEL, scale);
+    for (int v = 0; v < VECS; ++v) {
+        if (m.bias) wide[v] += load(m.bias + panel * PANEL + v * WIDTH);
+        store(out + v * WIDTH, wide[v]);
     }
 }
 
+// `out` [R][PANEL]: R rows times one panel. `scales`: of the rows, for int8.
+template <class P, int R>
+static void tile(const Linear& m, int panel, const typename P::X* x, int64_t stride, const float* scales, float* out) {
+    typename P::Sum sums[R][VECS];
+    sums_of<P, R>(panel_of<P>(m, panel), x, stride, m.num_in, sums);
+    for (int r = 0; r < R; ++r) finish_row<P>(sums[r], m, panel, scales[r], out + r * PANEL);
+}
+
+#if defined(__AMX_TILE__)
+// The same with the processor's matrix unit: 16 rows by 16 channels, 64 bytes of each row, at a time.
+struct Tiles {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+static inline void shape_tiles(int num) {  // 0 to 5: sums, 6: rows, 7: weights
+    alignas(64) Tiles tiles;
+    for (int i = 0; i < 8; ++i) tiles.bytes[i] = 64, tiles.rows[i] = uint8_t(i < 7 && num < 16 ? num : 16);
+    _tile_loadconfig(&tiles);
+}
+
+// Tiles are named by literal numbers in the instructions, so this can't be a loop.
+#define DOT_CHANNELS(part, low, high)                                 \
+    _tile_loadd(7, b + part * 64, PANEL * 4);                         \
+    _tile_loadd(6, a, stride);                                        \
+    if constexpr (P::GROUP == 2) { _tile_dpbf16ps(low, 6, 7); }       \
+    else { _tile_dpbusd(low, 6, 7); }                                 \
+    if (both) {                                                       \
+        _tile_loadd(6, a + 16 * stride, stride);                      \
+        if constexpr (P::GROUP == 2) { _tile_dpbf16ps(high, 6, 7); }  \
+        else { _tile_dpbusd(high, 6, 7); }                            \
+    }
+#define STORE(low, high)                                              \
+    _tile_stored(low, sums + low * 16, PANEL * 4);                    \
+    if (both) { _tile_stored(high, sums + 16 * PANEL + low * 16, PANEL * 4); }
+
+// At most 16 rows, or 32.
+template <class P>
+static void matrix_tile(const Linear& m, int panel, const void* x, int64_t stride, const float* scales, int num,
+                        float* out) {
+    auto a = (const char*)x, b = (const char*)panel_of<P>(m, panel);
+    stride *= sizeof(typename P::X);
+    bool both = num == 32;
+    shape_tiles(num);  // and makes them 0
+    for (int k = 0; k < m.num_in; k += 16 * P::GROUP, a += 64, b += 16 * PANEL * 4) {
+        DOT_CHANNELS(0, 0, 3)
+        DOT_CHANNELS(1, 1, 4)
+        DOT_CHANNELS(2, 2, 5)
+    }
+    alignas(64) int32_t sums[32 * PANEL];
+    STORE(0, 3)
+    STORE(1, 4)
+    STORE(2, 5)
+    for (int r = 0; r < num; ++r) {
+        typename P::Sum row[VECS];
+        std::memcpy(row, sums + r * PANEL, sizeof row);
+        finish_row<P>(row, m, panel, scales[r], out + r * PANEL);
+    }
+}
+#undef DOT_CHANNELS
+#undef STORE
+#endif
+
 // The same for any number of rows up to MOST_ROWS.
 template <class P>
-static void tile(const Linear& m, int panel, const void* rows, int64_t stride, const float* scales, int num, float* out) {
+static void tile(const Linear& m, int panel, const void* rows, int64_t stride, const float* scales, int num,
+                 float* out) {
     auto x = (const typename P::X*)rows;
+#if defined(__AMX_TILE__)
+    // bfloat16 always, since the unit rounds in its own way; int8 is exact either way, and faster so from a few rows on.
+    if (P::GROUP == 2 || (P::GROUP == 4 && num >= 4)) {
+        int first = num < 32 && num > 16 ? 16 : num;
+        matrix_tile<P>(m, panel, x, stride, scales, first, out);
+        if (first < num)
+            matrix_tile<P>(m, panel, x + first * stride, stride, scales + first, num - first, out + first * PANEL);
+        return;
+    }
+    for (; num > VECTOR_ROWS; num -= VECTOR_ROWS, scales += VECTOR_ROWS) {
+        tile<P, VECTOR_ROWS>(m, panel, x, stride, scales, out);
+        x += VECTOR_ROWS * stride, out += VECTOR_ROWS * PANEL;
+    }
+#endif
     switch (num) {
         case 1: return tile<P, 1>(m, panel, x, stride, scales, out);
 #if defined(__AVX2__)

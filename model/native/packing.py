@@ -19,6 +19,7 @@ from model.nn.decoder import Decoder
 GROUPS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that stand together
 PRECISIONS = {torch.float32: lib.FLOAT32, torch.bfloat16: lib.BFLOAT16, torch.int8: lib.INT8}
 LARGEST_INT8 = 127
+SPARE_BYTES = 4096  # behind every matrix: the core may look there
 
 
 def why_not(config: ModelConfig, dtype: torch.dtype, block_size: int) -> str | None:
@@ -152,7 +153,7 @@ def _by_panel(parts: Sequence[Tensor]) -> Tensor:
 
 def _large_pages(numbers: Tensor) -> Tensor:
     """A copy, in pages of 2 MiB where the system has them: fewer misses of the translation buffer."""
-    size = max(numbers.nbytes, 1) + 64  # the core may look ahead of the last number
+    size = numbers.nbytes + SPARE_BYTES
     memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= 2**21:
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -4,6 +4,14 @@
 // the weights are; `prepare` turns rows into what a matrix is multiplied with.
 #include <cstdlib>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "attention.h"
 #include "core.h"
 #include "linear.h"
@@ -40,7 +48,7 @@ struct Core {
         heads_width = padded(int64_t(net.num_heads) * net.head_dim);
         qkv_width = padded(int64_t(net.num_heads + 2 * net.num_kv_heads) * net.head_dim);
         int64_t widest = hidden > inner ? hidden : inner, rows = net.max_rows;
-        operand_width = 2 * (widest > heads_width ? widest : heads_width);
+        operand_width = 2 * (widest > heads_width ? widest : heads_width) + 64;  // neighbours not in one set of the cache
         x = reserve<float>(rows * hidden), normed = reserve<float>(rows * hidden);
         qkv = reserve<float>(rows * qkv_width), mixed = reserve<float>(rows * heads_width);
         wide = reserve<float>(rows * inner), scales = reserve<float>(rows);
@@ -63,6 +71,7 @@ void prepare(int precision, const float* x, int num, char* operand, float* scale
     if (precision == BFLOAT16) {
         auto out = (uint16_t*)operand;
         for (int i = 0; i < num; ++i) out[i] = narrow(x[i]);
+        std::memset(out + num, 0, (32 - num % 32) % 32 * sizeof *out);  // matrix units take 64 bytes at a time
     } else if (precision == INT8) {
         auto out = (uint8_t*)operand;
         vec peaks = {}, zeros = {};
@@ -82,6 +91,7 @@ void prepare(int precision, const float* x, int num, char* operand, float* scale
             std::memcpy(&bits, &rounded, 4);
             out[i] = uint8_t((bits & 0xff) + 128);
         }
+        std::memset(out + num, 0, (64 - num % 64) % 64);
     }
 }
 
@@ -357,6 +367,21 @@ template <class P> struct Forward {
 
 }  // namespace
 
+#if defined(__x86_64__)
+// Whether there is AMX, and the kernel lets this process have the state that it needs.
+static bool has_matrix_unit() {
+    unsigned a, b, c, d = 0;
+    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, INT8_TILES = 1u << 25, ALL = BF16 | TILE | INT8_TILES;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & ALL) != ALL) return false;
+#if defined(__linux__)
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 extern "C" {
 
 int millrace_level() {
@@ -365,7 +390,7 @@ int millrace_level() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
         __builtin_cpu_supports("avx512bf16"))
-        return 2;
+        return has_matrix_unit() ? 3 : 2;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
