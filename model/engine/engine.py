@@ -118,7 +118,8 @@ class Engine:
             max_num_seqs=max_num_seqs,
             cache_gib=cache_gib,
         )
-        return cls(decoder, tokenizer, replace(sized, deterministic=deterministic, prefix_cache=prefix_cache))
+        engine = replace(sized, deterministic=deterministic, prefix_cache=prefix_cache)
+        return cls(decoder, tokenizer, engine, make_runner(decoder, engine, drop=True))
 
     def add(self, request: Request, so_far: Seq[int] = ()) -> None:
         """Take a request in; `so_far` are output ids that it already has, which are not told again."""

@@ -1,5 +1,5 @@
-"""Which runner computes: the fast one where there is a GPU, Triton, and kernels that agree with their twins; else the
-plain one, which runs everywhere."""
+"""Which runner computes: the fast one where there is a GPU, Triton, and kernels that agree with their twins; on a CPU
+the native core where it has been built; else the plain one, which runs everywhere."""
 
 import logging
 from importlib.util import find_spec
@@ -10,8 +10,11 @@ import torch
 from model.cache.store import PagedStore
 from model.config import EngineConfig
 from model.engine.fast import FastRunner
+from model.engine.native import NativeRunner
 from model.engine.runner import Computed, Runner
 from model.engine.scheduler import StepPlan
+from model.native import library as native
+from model.native.packing import why_not
 from model.nn.decoder import Decoder, as_dtype
 
 HAS_KERNELS = torch.cuda.is_available() and find_spec("triton") is not None
@@ -33,10 +36,13 @@ class StepRunner(Protocol):
     def collect(self, flight: Any) -> Computed: ...
 
 
-def make_runner(decoder: Decoder, config: EngineConfig) -> StepRunner:
-    """The best runner for this machine, ready to compute. If a GPU has to go the plain way, the log says why."""
+def make_runner(decoder: Decoder, config: EngineConfig, drop: bool = False) -> StepRunner:
+    """The best runner for this machine, ready to compute. If it has to go the plain way, the log says why.
+
+    `drop`: the runner may take the decoder's matrices away, so that weights it packs are in memory once.
+    """
     if not config.device.startswith("cuda"):
-        return Runner(decoder, config)
+        return _make_native(decoder, config, drop) or Runner(decoder, config)
     reason: str | None = "triton is not installed"
     if HAS_KERNELS:
         reason = disagreement(decoder.config, torch.device(config.device), as_dtype(config.dtype))
@@ -46,3 +52,15 @@ def make_runner(decoder: Decoder, config: EngineConfig) -> StepRunner:
             return runner
     logger.error("the GPU runs without kernels and graphs, many times slower: %s", reason)
     return Runner(decoder, config)
+
+
+def _make_native(decoder: Decoder, config: EngineConfig, drop: bool) -> NativeRunner | None:
+    """The runner with the native core, None if it can't serve here."""
+    reason = why_not(decoder.config, as_dtype(config.dtype), config.block_size)
+    if reason is None:
+        library = native.load()
+        if library is not None:
+            return NativeRunner(decoder, config, library, drop=drop)
+        reason = "it has not been built; `python -m model.native.build` does, with a C++ compiler"
+    logger.warning("this CPU runs without the native core, several times slower: %s", reason)
+    return None

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from model.config import EngineConfig, ModelConfig
 from model.engine.engine import Engine
+from model.engine.runner import Runner
 from model.families.registry import FAMILIES
 from model.nn.decoder import Decoder
 from model.tokenizer import Tokenizer
@@ -73,10 +74,11 @@ def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
 
 @pytest.fixture
 def make_engine(byte_tokenizer: Tokenizer) -> MakeEngine:
-    """An engine over TINY; keyword arguments change its EngineConfig."""
+    """An engine over TINY with the plain runner; keyword arguments change its EngineConfig."""
 
     def make(decoder: Decoder | None = None, **changes: int) -> Engine:
-        settings = {"max_model_len": 512, "num_blocks": 256, **changes}
-        return Engine(decoder or random_decoder(TINY), byte_tokenizer, EngineConfig(**settings))  # type: ignore[arg-type]
+        config = EngineConfig(**{"max_model_len": 512, "num_blocks": 256, **changes})  # type: ignore[arg-type]
+        decoder = decoder or random_decoder(TINY)
+        return Engine(decoder, byte_tokenizer, config, Runner(decoder, config))
 
     return make

@@ -1,0 +1,123 @@
+"""The runner for a CPU with the native core: one call a step, which computes everything up to the logits.
+
+It takes the same plans as `Runner` and gives the same results, within rounding. Greedy rows are decided by the core,
+all others drawn by the sampler. It knows nothing of queues, requests' lives or text.
+"""
+
+import ctypes
+from itertools import chain
+
+import numpy as np
+import torch
+
+from model.cache.store import PagedStore
+from model.config import EngineConfig
+from model.engine.runner import Computed, row_of
+from model.engine.scheduler import Chunk, StepPlan
+from model.engine.sequence import Sequence
+from model.native.library import Step
+from model.native.packing import Core, Packed
+from model.nn.decoder import Decoder, as_dtype
+from model.sampling.device import needs_host
+from model.sampling.sampler import sample
+
+
+class NativeRunner:
+    """One network on this machine's processor. Not thread-safe: the engine's thread is the only caller.
+
+    The store's blocks are the core's own affair: a block's keys lie [head_dim, block_size] in it. With `drop` the
+    decoder gives up its matrices, so that they are in memory once. As many threads compute as torch has been told to
+    use.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        library: ctypes.CDLL,
+        *,
+        drop: bool = False,
+    ) -> None:
+        self.decoder, self.config = decoder, config
+        dtype, shape = as_dtype(config.dtype), decoder.config
+        self.store = PagedStore(shape, config.num_blocks, config.block_size, torch.device("cpu"), dtype)
+        packed = Packed(decoder, self.store, dtype, config.quantize == "int8", drop)
+        rows = max(config.max_batch_tokens, config.max_num_seqs)
+        self._core = Core(library, packed, torch.get_num_threads(), rows, config.max_model_len)
+        self._logits = torch.zeros(config.max_num_seqs, shape.vocab_size)
+        self._best = np.zeros(config.max_num_seqs, dtype=np.int32)
+        self._finite = np.zeros(rows, dtype=np.uint8)
+
+    def can_run_ahead(self, plan: StepPlan) -> bool:
+        """Never: a step is complete when `start` returns."""
+        return False
+
+    def collect(self, flight: Computed) -> Computed:
+        """What `start` gave."""
+        return flight
+
+    @torch.inference_mode()
+    def start(self, plan: StepPlan) -> Computed:
+        """Compute every chunk's keys and values, and draw one id for each chunk that draws."""
+        self._compute(plan)
+        done = Computed(failed=self._not_finite(plan))
+        drawing = [chunk for chunk in plan.chunks if chunk.draws]
+        best = self._best[: len(drawing)].tolist()
+        asking = [i for i, chunk in enumerate(drawing) if not _is_greedy(chunk)]
+        for chunk, token_id in zip(drawing, best, strict=True):
+            done.token_ids[chunk.sequence.id] = max(token_id, 0)
+        bad = {i for i, token_id in enumerate(best) if token_id < 0}
+        if asking:
+            logits = self._logits[: len(drawing)] if len(asking) == len(drawing) else self._logits[asking]
+            drawn = sample(logits, [row_of(drawing[i]) for i in asking])
+            for i, token_id, logprob, is_bad in zip(asking, drawn.token_ids, drawn.logprobs, drawn.bad, strict=True):
+                done.token_ids[drawing[i].sequence.id] = token_id
+                if logprob is not None:
+                    done.logprobs[drawing[i].sequence.id] = logprob
+                if is_bad:
+                    bad.add(i)
+        done.failed.extend(drawing[i].sequence for i in sorted(bad) if drawing[i].sequence not in done.failed)
+        for sequence in done.failed:
+            # Before anyone else gets the blocks: a masked NaN is still a NaN to whoever sums over it.
+            self.store.clear(sequence.blocks)
+        return done
+
+    def _compute(self, plan: StepPlan) -> None:
+        """One call of the core: `_logits`, `_best` of the rows that draw, `_finite` of all."""
+        ids, chunks, tables, wanted = list[int](), list[int](), list[list[int]](), list[int]()
+        row, table, size = 0, 0, self.config.block_size
+        for chunk in plan.chunks:
+            end = chunk.start + chunk.num_tokens
+            ids += chunk.sequence.ids(chunk.start, end)
+            blocks = chunk.sequence.blocks[: -(-end // size)]
+            chunks += (row, chunk.num_tokens, chunk.start, table)
+            tables.append(blocks)
+            table += len(blocks)
+            row += chunk.num_tokens
+            if chunk.draws:
+                wanted.append(row - 1)
+        arrays = [np.array(numbers, dtype=np.int32) for numbers in (ids, chunks, wanted)]
+        arrays.insert(2, np.fromiter(chain.from_iterable(tables), dtype=np.int32, count=table))
+        self._core.step(
+            Step(
+                row, len(plan.chunks), len(wanted), *(array.ctypes.data for array in arrays),
+                self._logits.data_ptr(), self._best.ctypes.data, self._finite.ctypes.data,
+            )
+        )  # fmt: skip
+
+    def _not_finite(self, plan: StepPlan) -> list[Sequence]:
+        """Sequences with a row that is not finite. A bad key or value shows here too, since its row sees itself."""
+        finite = self._finite[: plan.num_tokens]
+        if finite.all():
+            return []
+        ends = np.cumsum([chunk.num_tokens for chunk in plan.chunks])
+        pieces = np.split(finite, ends[:-1])
+        return [chunk.sequence for chunk, rows in zip(plan.chunks, pieces, strict=True) if not rows.all()]
+
+
+def _is_greedy(chunk: Chunk) -> bool:
+    """Whether the highest of the network's own logits is the answer."""
+    sequence = chunk.sequence
+    params = sequence.request.sampling
+    plain = params.temperature == 0 and sequence.matcher is None
+    return plain and not needs_host(params, chunk.start + chunk.num_tokens - sequence.num_prompt)
