@@ -298,8 +298,9 @@ def refusal(*words: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
     command = [sys.executable, "-m", "service.cli", *words]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment, check=False)
-    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (3, "", 1), ended
-    return ended.stderr
+    told = [line for line in ended.stderr.splitlines() if " WARNING " not in line]  # of a Redis that is not ready yet
+    assert (ended.returncode, ended.stdout, len(told)) == (3, "", 1), ended
+    return told[0]
 
 
 @pytest.mark.parametrize("words", [["api", "--port", "0"], ["worker"], ["serve", "--port", "0"]])
