@@ -10,10 +10,11 @@ TIME   ?= 30s
 
 MINUTES ?= 5
 KILLS  ?=
+SIZES  ?= S M L
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu load clients fuzz clean
+.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu peers bench-peers load clients fuzz clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
@@ -25,6 +26,8 @@ help:
 	@echo "make bench-commit   how long Redis takes for one step of 64 requests"
 	@echo "make bench-events   events/s of the HTTP half alone, beside sse-starlette and a bare ASGI loop"
 	@echo "make bench-gpu      the engine on a GPU, with nothing installed but torch, triton, transformers (PYTHON=python3)"
+	@echo "make peers   what bench-peers measures against: llama-server, OpenVINO GenAI, random models (SIZES=\"S M L\")"
+	@echo "make bench-peers    served and bare, beside llama-server, OpenVINO GenAI and transformers: tokens/s and bars"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
 	@echo "make fuzz    50,000 requests from /openapi.json, spoilt HTTP and silent sockets against a server of its own"
 	@echo "make clients other people's clients, each in its own environment, against a server: a table of what passed"
@@ -69,6 +72,13 @@ bench-events: $(VENV)/dev.stamp
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) -m loadtests.bench_gpu $(ARGS)
 
+# Some 12 GB in .peers; LLAMA_SERVER=/path takes a llama-server instead of building one.
+peers: $(VENV)/dev.stamp
+	PYTHON="$(PYTHON)" sh deploy/peers.sh "$(VENV)" $(SIZES)
+
+bench-peers: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.bench_peers $(ARGS)
+
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)
 
@@ -80,4 +90,4 @@ clients: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.clients $(ARGS)
 
 clean:
-	rm -rf "$(VENV)" .clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf "$(VENV)" .clients .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
