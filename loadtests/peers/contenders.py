@@ -52,16 +52,14 @@ class Contender(Protocol):
 
 
 class _Process:
-    """A child process, what it costs, and its end."""
+    """A child process, what it costs, and its end. It is talked with through `pipe`: PIPE, or DEVNULL for a server."""
 
-    def __init__(self, name: str, command: Sequence[str], num_threads: int, log: Path) -> None:
+    def __init__(self, name: str, command: Sequence[str], num_threads: int, log: Path, pipe: int) -> None:
         self.name, self.log = name, log
         environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false"}
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
-            )
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=file, text=True, env=environment)
 
     def rss_bytes(self) -> int:
         """Resident memory of the process and its children."""
@@ -113,7 +111,7 @@ class Child(_Process):
     `{"seconds": s, "token_ids": ids}` behind a mark. Its first answer says that it is ready."""
 
     def __init__(self, name: str, command: Sequence[str], num_threads: int, log: Path, **settings: object) -> None:
-        super().__init__(name, command, num_threads, log)
+        super().__init__(name, command, num_threads, log, subprocess.PIPE)
         self.settings: dict[str, object] = settings
         self._answer()
 
@@ -185,10 +183,9 @@ class Served(_Process):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
-        super().__init__(name, [part.replace("{port}", str(self.port)) for part in command], num_threads, log)
+        command = [part.replace("{port}", str(self.port)) for part in command]
+        super().__init__(name, command, num_threads, log, subprocess.DEVNULL)
         self.dialect = dialect
-        if self.process.stdout is not None:
-            self.process.stdout.close()  # a server has nothing to say there, and nobody reads it
         self._await_ready()
 
     def run(self, prompts: Prompts, num_new: int) -> Run:
