@@ -74,9 +74,10 @@ class _Process:
         return [root, *root.children(recursive=True)]
 
     def failure(self) -> RuntimeError:
-        """With the last words of the process."""
+        """How the process ended, with its last words."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return RuntimeError(f"{self.name} ended: {lines[-1] if lines else 'without a word'} (see {self.log})")
+        last = lines[-1] if lines else "no word"
+        return RuntimeError(f"ended with {self.process.wait()} and {last!r} (all of it in {self.log.name})")
 
     def stop(self) -> None:
         """End the process, and wait for it."""
