@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from loadtests.peers.bandwidth import Bandwidth
 from loadtests.peers.bars import BARE, NAMES, OURS, ROOF, TRANSFORMERS, Point, Turn
 from loadtests.peers.checkpoints import HOME, NUM_SILENT, SHAPES, Shape
-from loadtests.peers.contenders import Child, Contender
+from loadtests.peers.contenders import FAILURES, Child, Contender
 from loadtests.peers.line_up import Setting, started
 from loadtests.peers.report import as_json, is_proved, row, show, summary
 
@@ -31,6 +32,7 @@ BYTES_PER_WEIGHT = {"bf16": 2, "int8": 1}
 def main() -> int:
     """The exit code: 0 if every bar was measured and met."""
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all that was started is stopped
     print(f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads compute; {' '.join(sys.argv)}")
     HOME.mkdir(exist_ok=True)
     points: list[Point] = []
@@ -43,7 +45,7 @@ def main() -> int:
                     point = Point(size, dtype, num_streams, args.prompt, args.tokens, left_out=dict(left_out))
                     measure(point, running, SHAPES[size], args)
                     points.append(point)
-                    rows = [row(point, name, running[name].rss_bytes()) for name in point.turns if point.turns[name]]
+                    rows = [row(point, name, running[name].rss_bytes()) for name in point.turns]
                     show(point, rows, args.threads)
                     records.append(as_json(point, rows, args.threads))
                     if args.json:
@@ -82,8 +84,9 @@ def measure(point: Point, running: dict[str, Contender], shape: Shape, args: arg
             return None
         try:
             result = Turn(running[name].run(full, num_new), running[name].run(first, 1))
-        except (RuntimeError, OSError, ExceptionGroup, TimeoutError) as error:
+        except FAILURES as error:
             point.left_out[name] = str(error)
+            point.turns.pop(name, None)
             print(f"!! {name} fails and is left out: {error}", flush=True)
             return None
         time.sleep(REST_S)
@@ -92,9 +95,9 @@ def measure(point: Point, running: dict[str, Contender], shape: Shape, args: arg
     for name in running:
         for _ in range(2):
             turn(name, prompts(), prompts(), 8)
-    if isinstance(network := running.get(TRANSFORMERS), Child):
+    if TRANSFORMERS not in point.left_out and isinstance(network := running[TRANSFORMERS], Child):
         choose_attention(network, prompts(), max(8, args.tokens // 4))
-    point.turns = {name: [] for name in running}
+    point.turns = {name: [] for name in running if name not in point.left_out}
     memory = roof(point, shape, args.threads)
     for number in range(max(args.rounds, NUM_SWEEPS) if memory else args.rounds):
         full, first = prompts(), prompts()  # the same for all in a round

@@ -25,6 +25,7 @@ from loadtests.client import Stream, note, stream
 Prompts = Sequence[Sequence[int]]
 MARK = "@@ "  # before a child's answers, since libraries write to stdout too
 START_S, RUN_S, STOP_S = 600.0, 1800.0, 60.0
+FAILURES = (RuntimeError, OSError, ExceptionGroup, psutil.Error, subprocess.CalledProcessError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Run:
 
 
 class Contender(Protocol):
-    """`run` makes `num_new` tokens for each prompt, greedily. Raises `RuntimeError` if the process has failed."""
+    """`run` makes `num_new` tokens for each prompt, greedily. Raises one of `FAILURES` if the process has failed."""
 
     name: str
 
@@ -131,7 +132,6 @@ class Child(_Process):
             if line.startswith(MARK):
                 answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
                 return answer
-        self.process.wait()
         raise self.failure()
 
 

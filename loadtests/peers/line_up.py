@@ -12,8 +12,8 @@ from pathlib import Path
 from loadtests.peers import checkpoints
 from loadtests.peers.bars import BARE, LLAMA, NAMES, OPENVINO, OURS, TRANSFORMERS
 from loadtests.peers.checkpoints import HOME, TOOLS, Shape
+from loadtests.peers.contenders import FAILURES, MILLRACE, Child, Contender, Served, python
 from loadtests.peers.contenders import LLAMA as LLAMA_DIALECT
-from loadtests.peers.contenders import MILLRACE, Child, Contender, Served, python
 from loadtests.peers.engine_child import MAX_LEN
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -43,7 +43,7 @@ def started(setting: Setting, names: Sequence[str]) -> Iterator[tuple[dict[str, 
                 continue
             try:
                 contender = STARTERS[name](setting, HOME / f"{name.replace(' ', '-')}.log")
-            except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            except FAILURES as error:
                 left_out[name] = str(error)
                 print(f"!! {name} is left out: {error}", flush=True)
                 continue
