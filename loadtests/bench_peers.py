@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 from loadtests.peers.bandwidth import Bandwidth
@@ -33,7 +34,12 @@ def main() -> int:
     """The exit code: 0 if every bar was measured and met."""
     args = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all that was started is stopped
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads compute; {' '.join(sys.argv)}")
+    about = {
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "command": " ".join(["python -m loadtests.bench_peers", *sys.argv[1:]]),
+    }
+    print("\n".join(about.values()), flush=True)
     HOME.mkdir(exist_ok=True)
     points: list[Point] = []
     records: list[dict[str, object]] = []
@@ -49,9 +55,19 @@ def main() -> int:
                     show(point, rows, args.threads)
                     records.append(as_json(point, rows, args.threads))
                     if args.json:
-                        args.json.write_text(json.dumps(records, indent=1) + "\n")
+                        args.json.write_text(json.dumps({**about, "points": records}, indent=1) + "\n")
     print(summary(points))
     return 0 if is_proved(points) else 1
+
+
+def processor() -> str:
+    """Its name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def arguments() -> argparse.Namespace:
