@@ -53,9 +53,12 @@ class Point:
         return self.num_streams * self.num_prompt / turn.first.seconds
 
     def decode_rate(self, turn: Turn) -> float:
-        """Output tokens/s after the prompts: where first tokens were seen, from the last of them on."""
-        first_s = turn.first.seconds if turn.full.first_s is None else turn.full.first_s
-        return self.num_streams * (self.num_new - 1) / max(1e-9, turn.full.seconds - first_s)
+        """Output tokens/s after the prompts: where first tokens were seen, from the last of them on; else from the
+        time that the load with one token takes."""
+        run, num_later = turn.full, self.num_streams * (self.num_new - 1)
+        if run.first_s is not None:
+            return run.num_later / max(1e-9, run.seconds - run.first_s)
+        return num_later / max(1e-9, run.seconds - turn.first.seconds)
 
     def median(self, name: str, figure: Callable[[Turn], float]) -> float:
         """Over the turns of one contender."""

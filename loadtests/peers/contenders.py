@@ -31,13 +31,15 @@ FAILURES = (RuntimeError, OSError, ExceptionGroup, psutil.Error, subprocess.Call
 @dataclass(frozen=True, slots=True)
 class Run:
     """One load of prompts to its end. `cores`: processors that the contender kept busy; `foreign`: that others did,
-    but for the client. Waits are known of servers only; `first_s`: until every stream had its first token."""
+    but for the client. Waits are known of servers only; `first_s`: until every stream had its first token, and
+    `num_later` tokens came after that."""
 
     seconds: float
     token_ids: list[list[int]]
     cores: float
     foreign: float
     first_s: float | None = None
+    num_later: int = 0
     ttfts_s: list[float] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
 
@@ -124,7 +126,8 @@ class Child(_Process):
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         answer = self._answer()
-        return Run(answer["seconds"], answer["token_ids"], *load.end(), first_s=answer.get("first_s"))
+        first_s, num_later = answer.get("first_s"), answer.get("num_later", 0)
+        return Run(answer["seconds"], answer["token_ids"], *load.end(), first_s, num_later)
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -193,12 +196,14 @@ class Served(_Process):
         load = Load(self)
         began_s, streams = asyncio.run(self._streams(prompts, num_new))
         cores, foreign = load.end()
+        all_began_s = max(each.token_times_s[0] for each in streams)
         return Run(
             seconds=max(each.token_times_s[-1] for each in streams) - began_s,
             token_ids=[each.token_ids for each in streams],
             cores=cores,
             foreign=foreign,
-            first_s=max(each.token_times_s[0] for each in streams) - began_s,
+            first_s=all_began_s - began_s,
+            num_later=sum(time_s > all_began_s for each in streams for time_s in each.token_times_s),
             ttfts_s=[each.ttft_s for each in streams],
             gaps_s=[gap for each in streams for gap in each.gaps_s()],
         )

@@ -38,7 +38,7 @@ def run(engine: Engine, number: int, prompts: Prompts, num_new: int) -> dict[str
     """All prompts at once, to their end."""
     ids: dict[str, list[int]] = {f"{number}.{index}": [] for index in range(len(prompts))}
     sampling = SamplingParams(temperature=0.0, max_tokens=num_new)
-    first_s = None
+    first_s, num_early = None, 0
     began_s = time.perf_counter()
     for id, prompt in zip(ids, prompts, strict=True):
         engine.add(Request(id, tuple(prompt), sampling))
@@ -46,8 +46,13 @@ def run(engine: Engine, number: int, prompts: Prompts, num_new: int) -> dict[str
         for delta in engine.step():
             ids[delta.id] += delta.token_ids
         if first_s is None and all(ids.values()):
-            first_s = time.perf_counter() - began_s
-    return {"seconds": time.perf_counter() - began_s, "first_s": first_s, "token_ids": list(ids.values())}
+            first_s, num_early = time.perf_counter() - began_s, sum(map(len, ids.values()))
+    return {
+        "seconds": time.perf_counter() - began_s,
+        "first_s": first_s,
+        "num_later": sum(map(len, ids.values())) - num_early,
+        "token_ids": list(ids.values()),
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What was measured, as text for a terminal and as JSON."""
 
 import statistics
+import sys
 
 from loadtests.peers.bars import Point, Turn, Verdict, doubts, gap_s, ttft_s, verdicts
 
@@ -63,7 +64,7 @@ def show(point: Point, rows: list[dict[str, object]], num_threads: int) -> None:
         print("  " + line(verdict))
     for doubt in doubts(point, num_threads):
         print(f"  !! {doubt}")
-    print(flush=True)
+    sys.stdout.flush()
 
 
 def line(verdict: Verdict) -> str:
