@@ -56,8 +56,8 @@ def main() -> int:
                     records.append(as_json(point, rows, args.threads))
                     if args.json:
                         args.json.write_text(json.dumps({**about, "points": records}, indent=1) + "\n")
-    print(summary(points))
-    return 0 if is_proved(points) else 1
+    print(summary(points, args.threads))
+    return 0 if is_proved(points, args.threads) else 1
 
 
 def processor() -> str:

@@ -75,12 +75,13 @@ def line(verdict: Verdict) -> str:
     return f"{mark:10s} {verdict.what:44s} {value}  bar {sign} {verdict.bar:.2f}{reason}"
 
 
-def is_proved(points: list[Point]) -> bool:
-    """Whether every promise was measured and is met."""
-    return all(verdict.is_met for point in points for verdict in verdicts(point))
+def is_proved(points: list[Point], num_threads: int) -> bool:
+    """Whether every promise was measured without a doubt and is met."""
+    is_met = all(verdict.is_met for point in points for verdict in verdicts(point))
+    return is_met and not any(doubts(point, num_threads) for point in points)
 
 
-def summary(points: list[Point]) -> str:
+def summary(points: list[Point], num_threads: int) -> str:
     """All that is missed or not proved, and the counts."""
     lines = []
     counts = {True: 0, False: 0, None: 0}
@@ -90,7 +91,9 @@ def summary(points: list[Point]) -> str:
             if not verdict.is_met:
                 lines.append(f"{point.size} {point.dtype} {point.num_streams:3d} streams  {line(verdict)}")
     counted = f"{counts[True]} bars met, {counts[False]} missed, {counts[None]} not proved"
-    return "\n".join([*lines, counted])
+    num_doubtful = sum(bool(doubts(point, num_threads)) for point in points)
+    doubtful = f"!! figures of {num_doubtful} of {len(points)} points are in doubt: they prove nothing either way"
+    return "\n".join([*lines, counted, *([doubtful] if num_doubtful else [])])
 
 
 def as_json(point: Point, rows: list[dict[str, object]], num_threads: int) -> dict[str, object]:
