@@ -11,10 +11,11 @@ TRACE  ?=
 
 MINUTES ?= 5
 KILLS  ?=
+SIZES  ?= S M L
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu bench-growth replay-cache load clients bench-perplexity bench-same-text fuzz clean
+.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu bench-growth replay-cache load clients bench-perplexity bench-same-text peers bench-peers fuzz clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
@@ -30,6 +31,8 @@ help:
 	@echo "make replay-cache   a trace (TRACE=) through the prefix cache, beside a simulated LRU cache"
 	@echo "make bench-perplexity  perplexity and speed of number formats on a text (ARGS=\"--model DIR --data FILE\")"
 	@echo "make bench-same-text   how many of 1,000 requests get the same output alone and among others"
+	@echo "make peers   what bench-peers measures against: llama-server, OpenVINO GenAI, random models (SIZES=\"S M L\")"
+	@echo "make bench-peers    served and bare, beside llama-server, OpenVINO GenAI and transformers: tokens/s and bars"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
 	@echo "make fuzz    50,000 requests from /openapi.json, spoilt HTTP and silent sockets against a server of its own"
 	@echo "make clients other people's clients, each in its own environment, against a server: a table of what passed"
@@ -86,6 +89,13 @@ bench-perplexity: $(VENV)/dev.stamp
 bench-same-text: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.same_text $(ARGS)
 
+# Some 12 GB in .peers; LLAMA_SERVER=/path takes a llama-server instead of building one.
+peers: $(VENV)/dev.stamp
+	PYTHON="$(PYTHON)" sh deploy/peers.sh "$(VENV)" $(SIZES)
+
+bench-peers: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.bench_peers $(ARGS)
+
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)
 
@@ -97,4 +107,4 @@ clients: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.clients $(ARGS)
 
 clean:
-	rm -rf "$(VENV)" .clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf "$(VENV)" .clients .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -7,7 +7,9 @@ time than the server it measures.
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -28,8 +30,25 @@ class Stream:
         return [b - a for a, b in zip(self.token_times_s, self.token_times_s[1:], strict=False)]
 
 
-async def stream(host: str, port: int, body: dict[str, object], path: str = "/generate") -> Stream:
-    """POST `body` with `stream: true` and read the events to their end.
+def note(result: Stream, event: dict[str, Any]) -> None:
+    """Write down an event of the native route. Raises `RuntimeError` for an error event."""
+    if "error" in event:
+        raise RuntimeError(f"error event: {event['error']}")
+    now = time.monotonic()
+    for choice in event["choices"]:
+        result.token_ids += choice["token_ids"]
+        result.token_times_s += [now] * len(choice["token_ids"])
+        result.finish_reason = choice["finish_reason"] or result.finish_reason
+
+
+async def stream(
+    host: str,
+    port: int,
+    body: dict[str, object],
+    path: str = "/generate",
+    note: Callable[[Stream, dict[str, Any]], None] = note,
+) -> Stream:
+    """POST `body` with `stream: true` and read the events to their end; `note` knows what they look like.
 
     Raises `RuntimeError` on another status than 200 and on a stream without a terminal event.
     """
@@ -48,21 +67,9 @@ async def stream(host: str, port: int, body: dict[str, object], path: str = "/ge
                 continue
             if line.startswith(b"data: [DONE]"):
                 break
-            _note(result, json.loads(line[6:]))
+            note(result, json.loads(line[6:]))
         if result.finish_reason is None:
             raise RuntimeError("the stream ended without a terminal event")
         return result
     finally:
         writer.close()
-
-
-def _note(result: Stream, event: dict[str, object]) -> None:
-    if "error" in event:
-        raise RuntimeError(f"error event: {event['error']}")
-    now = time.monotonic()
-    choices = event["choices"]
-    assert isinstance(choices, list)
-    for choice in choices:
-        result.token_ids += choice["token_ids"]
-        result.token_times_s += [now] * len(choice["token_ids"])
-        result.finish_reason = choice["finish_reason"] or result.finish_reason

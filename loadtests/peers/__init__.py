@@ -1,0 +1,1 @@
+"""What `make bench-peers` is made of: random checkpoints in everybody's format, the contenders, the bars."""
