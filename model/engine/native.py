@@ -56,7 +56,6 @@ class NativeRunner:
         """What `start` gave."""
         return flight
 
-    @torch.inference_mode()
     def start(self, plan: StepPlan) -> Computed:
         """Compute every chunk's keys and values, and draw one id for each chunk that draws."""
         self._compute(plan)
@@ -69,7 +68,8 @@ class NativeRunner:
         bad = {i for i, token_id in enumerate(best) if token_id < 0}
         if asking:
             logits = self._logits[: len(drawing)] if len(asking) == len(drawing) else self._logits[asking]
-            drawn = sample(logits, [row_of(drawing[i]) for i in asking])
+            with torch.inference_mode():
+                drawn = sample(logits, [row_of(drawing[i]) for i in asking])
             for i, token_id, logprob, is_bad in zip(asking, drawn.token_ids, drawn.logprobs, drawn.bad, strict=True):
                 done.token_ids[drawing[i].sequence.id] = token_id
                 if logprob is not None:

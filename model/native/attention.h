@@ -23,14 +23,22 @@ template <class T> struct Cache {  // one layer's, one kv head's
 
 // scores[r][at - begin] for `N * WIDTH` keys from `at` on.
 template <class T, int R, int N>
-static inline void scores_of(const Cache<T>& cache, const float* const* queries, int at, float* scores, int64_t width) {
+static inline void scores_of(const Cache<T>& cache, const float* const* queries, int at, int end, float* scores,
+                             int64_t width) {
     vec sums[R][N] = {};
-    const T* keys[N];
-    for (int n = 0; n < N; ++n) keys[n] = cache.key_lanes(at + n * WIDTH);
+    const T *keys[N], *next[N];
+    for (int n = 0; n < N; ++n) {
+        keys[n] = cache.key_lanes(at + n * WIDTH);
+        int later = at + (N + n) * WIDTH;
+        next[n] = later < end ? cache.key_lanes(later) : keys[n];
+    }
     for (int d = 0; d < cache.head_dim; ++d) {
         vec lanes[N];
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) lanes[n] = load(keys[n] + d * cache.block_size);
+        for (int n = 0; n < N; ++n) {
+            lanes[n] = load(keys[n] + d * cache.block_size);
+            __builtin_prefetch(next[n] + d * cache.block_size);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -63,31 +71,38 @@ static inline float weigh(float* scores, int begin, int end, int first, int last
     return total(sums);
 }
 
-// mixed[r][0 .. num) = sum of weights times values for up to V registers' worth of dimensions.
-template <class T, int R, int V>
+// mixed[r][dim ..] = sum of weights times values, for `V` registers of dimensions of which the last may be in part. Keys
+// at even and at odd positions are summed apart: two chains, so that one need not wait for the other.
+template <class T, int R, int V, bool PART>
 static inline void mix(const Cache<T>& cache, const float* weights, int64_t width, int begin, int end, int dim,
                        const float* totals, float* const* mixed) {
-    vec sums[R][V] = {};
-    int num = cache.head_dim - dim;
-    bool whole = num >= V * WIDTH;
-    for (int block = begin; block < end; block += cache.block_size - block % cache.block_size) {
+    vec sums[2][R][V] = {};
+    int num = PART ? cache.head_dim - dim : V * WIDTH;
+    for (int block = begin; block < end;) {
         int stop = block + cache.block_size - block % cache.block_size;
         const T* values = cache.value(block) + dim;
-        for (int at = block; at < stop && at < end; ++at, values += cache.head_dim) {
-            vec part[V];
+        const T* next = stop < end ? cache.value(stop) + dim : values;
+        stop = stop < end ? stop : end + end % 2;  // a key too many has the weight 0
+        for (; block < stop; block += 2) {
+#pragma GCC unroll 2
+            for (int odd = 0; odd < 2; ++odd, values += cache.head_dim, next += cache.head_dim) {
+                vec part[V];
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v)
-                part[v] = whole ? load(values + v * WIDTH) : load_some(values + v * WIDTH, num - v * WIDTH);
+                for (int v = 0; v < V; ++v) {
+                    part[v] = PART && v == V - 1 ? load_some(values + v * WIDTH, num - v * WIDTH) : load(values + v * WIDTH);
+                    __builtin_prefetch(next + v * WIDTH);
+                }
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r)
+                for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int v = 0; v < V; ++v) sums[r][v] += part[v] * weights[r * width + at - begin];
+                    for (int v = 0; v < V; ++v) sums[odd][r][v] += part[v] * weights[r * width + block + odd - begin];
+            }
         }
     }
     for (int r = 0; r < R; ++r) {
         float out[V * WIDTH];
-        for (int v = 0; v < V; ++v) store(out + v * WIDTH, sums[r][v] / totals[r]);
-        std::memcpy(mixed[r] + dim, out, sizeof(float) * (whole ? V * WIDTH : num));
+        for (int v = 0; v < V; ++v) store(out + v * WIDTH, (sums[0][r][v] + sums[1][r][v]) / totals[r]);
+        std::memcpy(mixed[r] + dim, out, sizeof(float) * num);
     }
 }
 
@@ -105,13 +120,21 @@ static void attend(const Cache<T>& cache, const float* const* queries, const int
     int64_t width = (end - begin + WIDTH - 1) / WIDTH * WIDTH;
     int at = begin;
     for (; at + N * WIDTH <= begin + width; at += N * WIDTH)
-        scores_of<T, R, N>(cache, queries, at, scratch + at - begin, width);
-    for (; at < begin + width; at += WIDTH) scores_of<T, R, 1>(cache, queries, at, scratch + at - begin, width);
+        scores_of<T, R, N>(cache, queries, at, end, scratch + at - begin, width);
+    for (; at < begin + width; at += WIDTH) scores_of<T, R, 1>(cache, queries, at, end, scratch + at - begin, width);
     float totals[R];
     for (int r = 0; r < R; ++r) totals[r] = weigh(scratch + r * width, begin, begin + int(width), first[r], last[r]);
-    constexpr int V = WIDTH == 16 ? (R > 4 ? 2 : 4) : 1;
-    for (int dim = 0; dim < cache.head_dim; dim += V * WIDTH)
-        mix<T, R, V>(cache, scratch, width, begin, end, dim, totals, mixed);
+    constexpr int V = WIDTH < 16 || R > 2 ? 1 : R > 1 ? 2 : 4;
+    int dim = 0, d = cache.head_dim;
+    for (; dim + V * WIDTH <= d; dim += V * WIDTH)
+        mix<T, R, V, false>(cache, scratch, width, begin, end, dim, totals, mixed);
+    if (V > 2 && dim + 3 * WIDTH <= d) {
+        mix<T, R, V == 4 ? 3 : V, false>(cache, scratch, width, begin, end, dim, totals, mixed);
+        dim += 3 * WIDTH;
+    }
+    for (; dim + WIDTH <= d; dim += WIDTH)
+        mix<T, R, 1, false>(cache, scratch, width, begin, end, dim, totals, mixed);
+    if (dim < d) mix<T, R, 1, true>(cache, scratch, width, begin, end, dim, totals, mixed);
 }
 
 // Any number of queries.

@@ -39,7 +39,7 @@ struct Core {
     float *x, *normed, *qkv, *mixed, *wide, *scales;
     char* operands;
     float** scratch;  // of each thread
-    int* first_task;  // of each chunk, and the number of them all
+    int* first_task;  // of attention, of each chunk
 
     Core(const Network& network, int num_threads) : net(network), team(num_threads) {
         layers = reserve<Layer>(net.num_layers);
@@ -121,7 +121,8 @@ struct Rows {  // what a matrix is multiplied with
 
 // f(row, channel, values, count) for every row and every panel of a matrix. Long lists of rows are cut, so that a
 // panel's weights meet rows that are still in the cache, and threads outnumbering panels have work too.
-template <class P, class F> void multiply(Core& c, int me, const Linear& m, bool gated, const Rows& rows, const F& f) {
+template <class P, class F>
+void multiply(Core& c, Team::Member& me, const Linear& m, bool gated, const Rows& rows, const F& f) {
     constexpr int SLICE = 64;
     int num_panels = (m.num_out + PANEL - 1) / PANEL, num_slices = (rows.num + SLICE - 1) / SLICE;
     c.team.each(me, num_panels * num_slices, [&](int task) {
@@ -139,10 +140,25 @@ template <class P, class F> void multiply(Core& c, int me, const Linear& m, bool
     });
 }
 
+int rows_per_task(const Network& net) {  // of attention: as many as share their keys in registers
+    int rows = MOST_QUERIES * net.num_kv_heads / net.num_heads;
+    return rows ? rows : 1;
+}
+
+int count_tasks(Core& c, const Step& step) {
+    int sum = 0, each = rows_per_task(c.net);
+    for (int i = 0; i < step.num_chunks; ++i) {
+        c.first_task[i] = sum;
+        sum += (step.chunks[i].num_rows + each - 1) / each * c.net.num_kv_heads;
+    }
+    return sum;
+}
+
 template <class P> struct Forward {
     Core& c;
-    const Step& step;
-    const int me;
+    const Step step;      // a copy: see `Team::Job`
+    const int num_tasks;  // of attention
+    Team::Member& me;
     const Network& net = c.net;
 
     Rows operand(const float* rows, int64_t width, int num) const {
@@ -208,11 +224,6 @@ template <class P> struct Forward {
         for (int i = 0; i < d; ++i) put(keys + i * size, k[i]), put(values + i, v[i]);
     }
 
-    int rows_per_task() const {
-        int rows = MOST_QUERIES * net.num_kv_heads / net.num_heads;
-        return rows ? rows : 1;
-    }
-
     template <class T> void attend_some(const Layer& layer, int task) const {
         int low = 0, high = step.num_chunks - 1;
         while (low < high) {
@@ -222,7 +233,7 @@ template <class P> struct Forward {
         }
         const Chunk& chunk = step.chunks[low];
         int kv = (task - c.first_task[low]) % net.num_kv_heads, piece = (task - c.first_task[low]) / net.num_kv_heads;
-        int shared = net.num_heads / net.num_kv_heads, d = net.head_dim, each = rows_per_task();
+        int shared = net.num_heads / net.num_kv_heads, d = net.head_dim, each = rows_per_task(net);
         int begin = piece * each, end = begin + each < chunk.num_rows ? begin + each : chunk.num_rows;
         int64_t head = int64_t(kv) * net.num_blocks * net.block_size * d;
         Cache<T> cache{(T*)layer.keys + head, (T*)layer.values + head, step.tables + chunk.table, net.block_size, d};
@@ -237,7 +248,7 @@ template <class P> struct Forward {
                 last[num] = chunk.start + i;
                 first[num] = layer.window && last[num] >= layer.window ? last[num] - int(layer.window) + 1 : 0;
                 if (++num == MOST_QUERIES || (i == end - 1 && h == (kv + 1) * shared - 1)) {
-                    attend(cache, num, queries, first, last, c.scratch[me], mixed);
+                    attend(cache, num, queries, first, last, c.scratch[me.me], mixed);
                     num = 0;
                 }
             }
@@ -248,7 +259,7 @@ template <class P> struct Forward {
             int row = task / net.num_kv_heads;
             enter<T>(layer, chunk_of(row), row, task % net.num_kv_heads);
         });
-        c.team.each(me, c.first_task[step.num_chunks], [&](int task) { attend_some<T>(layer, task); });
+        c.team.each(me, num_tasks, [&](int task) { attend_some<T>(layer, task); });
     }
 
     const Chunk& chunk_of(int row) const {
@@ -345,17 +356,7 @@ template <class P> struct Forward {
         return at;
     }
 
-    void count_tasks() const {
-        int sum = 0;
-        for (int i = 0; i < step.num_chunks; ++i) {
-            c.first_task[i] = sum;
-            sum += (step.chunks[i].num_rows + rows_per_task() - 1) / rows_per_task() * net.num_kv_heads;
-        }
-        c.first_task[step.num_chunks] = sum;
-    }
-
     void run() const {
-        if (me == 0) count_tasks();
         c.team.each(me, step.num_rows, [&](int row) {
             embed(row);
             if (net.positions) place(chunk_of(row), row);
@@ -400,10 +401,12 @@ void* millrace_open(const Network* network, int num_threads) { return new Core(*
 
 void millrace_step(void* core, const Step* step) {
     Core& c = *(Core*)core;
-    c.team.run([&](int me) {
-        if (c.net.precision == FLOAT32) Forward<Float32>{c, *step, me}.run();
-        else if (c.net.precision == BFLOAT16) Forward<BFloat16>{c, *step, me}.run();
-        else Forward<Int8>{c, *step, me}.run();
+    constexpr int PHASES_PER_LAYER = 10, OTHER_PHASES = 5;
+    int num_tasks = count_tasks(c, *step);
+    c.team.run(c.net.num_layers * PHASES_PER_LAYER + OTHER_PHASES, [&c, copy = *step, num_tasks](Team::Member& me) {
+        if (c.net.precision == FLOAT32) Forward<Float32>{c, copy, num_tasks, me}.run();
+        else if (c.net.precision == BFLOAT16) Forward<BFloat16>{c, copy, num_tasks, me}.run();
+        else Forward<Int8>{c, copy, num_tasks, me}.run();
     });
 }
 

@@ -1,105 +1,132 @@
 // Threads that compute a step together. All run the same function; `each` deals out the tasks of one phase of it.
 //
-// A barrier spins briefly, then yields, then sleeps: with other processes on the same cores, a thread that spins keeps
-// the very one away that it waits for.
+// A phase is over when its tasks are done, not when every thread has come by: on a machine with other processes a
+// thread may be put aside at any time, and then the others go on without it. It finds nothing left to do and catches
+// up. Who waits spins briefly, then yields, then sleeps, so that it does not keep away the one that it waits for.
 #pragma once
 #include <atomic>
 #include <condition_variable>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 class Team {
+    static constexpr int MOST_SHARES = 15, SPINS = 300, YIELDS = 100;
+
+    struct alignas(64) Phase {
+        std::atomic<int> num_done{0};
+        std::atomic<int> taken[MOST_SHARES]{};  // of each share of the tasks
+    };
+
 public:
-    explicit Team(int num) : num_(num < 1 ? 1 : num), taken_(new Counter[num_]) {
+    struct Job;
+    struct Member {  // one thread within a job
+        Job& job;
+        int me, phase = 0;
+    };
+    // A thread that was put aside may still hold a job that is long over: it must own all that `body` reads between
+    // tasks.
+    struct Job {
+        std::function<void(Member&)> body;
+        std::vector<Phase> phases;
+    };
+
+    explicit Team(int num) : num_(num < 1 ? 1 : num) {
         for (int me = 1; me < num_; ++me) threads_.emplace_back([this, me] { work(me); });
     }
     ~Team() {
         ending_ = true;
-        pass();
+        publish(nullptr);
         for (auto& thread : threads_) thread.join();
-        delete[] taken_;
     }
     int num() const { return num_; }
 
-    // Call job(me) in every thread; back when all are done.
-    void run(const std::function<void(int)>& job) {
-        job_ = &job;
-        pass();
-        job(0);
-        pass();
+    // Call body(member) in every thread that is free; back when all of its phases, at most `num_phases`, are over.
+    void run(int num_phases, std::function<void(Member&)> body) {
+        auto job = std::make_shared<Job>(Job{std::move(body), std::vector<Phase>(num_phases)});
+        publish(job);
+        Member member{*job, 0};
+        job->body(member);
+        std::lock_guard<std::mutex> lock(mutex_);
+        job_ = nullptr;
     }
 
     // Within a job: f(task) once for each task below `count`. Every thread has its own share, neighbours in memory, and
-    // helps the others when it is done. All tasks are done when it returns.
-    template <class F> void each(int me, int count, const F& f) {
-        for (int i = 0; i < num_; ++i) {
-            int owner = (me + i) % num_;
-            int begin = int(int64_t(count) * owner / num_), end = int(int64_t(count) * (owner + 1) / num_);
-            for (;;) {
-                int task = begin + taken_[owner].value.fetch_add(1, std::memory_order_relaxed);
+    // helps the others when it is through. All tasks are done when it returns.
+    template <class F> void each(Member& member, int count, const F& f) {
+        Phase& phase = member.job.phases[member.phase++];
+        int shares = num_ < MOST_SHARES ? num_ : MOST_SHARES, done = 0;
+        for (int i = 0; i < shares; ++i) {
+            int owner = (member.me + i) % shares;
+            int begin = int(int64_t(count) * owner / shares), end = int(int64_t(count) * (owner + 1) / shares);
+            while (phase.taken[owner].load(std::memory_order_relaxed) < end - begin) {
+                int task = begin + phase.taken[owner].fetch_add(1, std::memory_order_relaxed);
                 if (task >= end) break;
                 f(task);
+                ++done;
             }
         }
-        pass();
+        if (done && phase.num_done.fetch_add(done) + done == count) wake();
+        wait([&] { return phase.num_done.load() >= count; });
     }
 
 private:
-    struct alignas(64) Counter { std::atomic<int> value{0}; };
-    static constexpr int SPINS = 300, YIELDS = 100;
-
     void work(int me) {
-        for (;;) {
-            pass();
-            if (ending_) return;
-            (*job_)(me);
-            pass();
+        for (unsigned seen = 0;;) {
+            wait([&] { return generation_.load() != seen; });
+            std::shared_ptr<Job> job;
+            {
+                std::lock_guard<std::mutex> lock(mutex_);
+                seen = generation_.load();
+                if (ending_) return;
+                job = job_;
+            }
+            if (!job) continue;
+            Member member{*job, me};
+            job->body(member);
         }
     }
 
-    // The barrier. The last to arrive clears the counters for the next phase.
-    void pass() {
-        if (num_ == 1) {
-            taken_[0].value.store(0, std::memory_order_relaxed);
-            return;
+    void publish(std::shared_ptr<Job> job) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            job_ = std::move(job);
+            generation_.fetch_add(1);
         }
-        unsigned seen = generation_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_ - 1) {
-            arrived_.store(0, std::memory_order_relaxed);
-            for (int i = 0; i < num_; ++i) taken_[i].value.store(0, std::memory_order_relaxed);
-            generation_.store(seen + 1, std::memory_order_seq_cst);
-            if (num_asleep_.load(std::memory_order_seq_cst)) {
-                std::lock_guard<std::mutex> lock(mutex_);
-                wake_.notify_all();
-            }
-            return;
-        }
+        wake();
+    }
+
+    void wake() {
+        if (num_asleep_.load() == 0) return;
+        std::lock_guard<std::mutex> lock(mutex_);
+        woken_.notify_all();
+    }
+
+    template <class Ready> void wait(const Ready& ready) {
         for (int i = 0; i < SPINS; ++i) {
-            if (generation_.load(std::memory_order_acquire) != seen) return;
+            if (ready()) return;
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif
         }
         for (int i = 0; i < YIELDS; ++i) {
-            if (generation_.load(std::memory_order_acquire) != seen) return;
+            if (ready()) return;
             std::this_thread::yield();
         }
         std::unique_lock<std::mutex> lock(mutex_);
-        num_asleep_.fetch_add(1, std::memory_order_seq_cst);
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_seq_cst) != seen; });
-        num_asleep_.fetch_sub(1, std::memory_order_relaxed);
+        num_asleep_.fetch_add(1);  // before the last look, so that whoever makes it ready sees a sleeper
+        woken_.wait(lock, ready);
+        num_asleep_.fetch_sub(1);
     }
 
     const int num_;
-    Counter* taken_;
+    std::atomic<bool> ending_{false};
     alignas(64) std::atomic<unsigned> generation_{0};
-    alignas(64) std::atomic<int> arrived_{0};
     std::atomic<int> num_asleep_{0};
     std::mutex mutex_;
-    std::condition_variable wake_;
-    const std::function<void(int)>* job_ = nullptr;
-    bool ending_ = false;
+    std::condition_variable woken_;
+    std::shared_ptr<Job> job_;
     std::vector<std::thread> threads_;
 };
