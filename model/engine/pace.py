@@ -10,7 +10,8 @@ from collections import deque
 from statistics import median
 
 LEAST = 16  # tokens of prompts in a step, however slow: everyone gets on
-SHARE = 0.8  # of the time of those who decode, for those who read: what is predicted is not always what comes
+ENOUGH = 128  # where steps get long by reading at all, so much for it at most
+SHARE = 0.7  # of the time of those who decode, for those who read: what is predicted is not always what comes
 KEEP = 0.9  # weight of a measurement, against that of the next one
 MOST_JUMP = 3.0  # an outlier counts as so many times what was expected, at most
 PROBE = 0.75  # every second step reads so much less: from one size alone nobody could tell what a token costs
@@ -54,10 +55,10 @@ class Pace:
         if not decode_s or not token_s:
             return self._most
         room_s = SHARE * max(1.0, num_reading / num_decoding) * decode_s - fixed_s
-        # What reading costs in any case is paid for with as much reading at least: in smaller pieces it would only
-        # take longer, and the steps hardly less.
-        num_read = max(LEAST, int(max(room_s, fixed_s) / token_s * (PROBE if self._probes else 1.0)))
-        return min(self._most, num_decoding + num_read)
+        # Where reading takes too long in any case, as much is read as takes as long again: in smaller pieces it would
+        # only take more steps, and these hardly less time.
+        num_read = room_s / token_s if room_s > 0 else min(ENOUGH, fixed_s / token_s)
+        return min(self._most, num_decoding + max(LEAST, int(num_read * (PROBE if self._probes else 1.0))))
 
     def _reading(self) -> tuple[float, float]:
         """Seconds that reading adds to a step in any case, and for each token: a line through what was measured."""
@@ -66,7 +67,7 @@ class Pace:
             return 0.0, 0.0
         mean_s, spread = total_s / tokens, num * squares - tokens * tokens
         slope = (num * products - tokens * total_s) / spread if spread > 1e-3 * tokens * tokens else mean_s
-        slope = min(max(slope, mean_s / 10), mean_s)
+        slope = min(max(slope, mean_s / 3), mean_s)
         return (total_s - slope * tokens) / num, slope
 
     def _decode_s(self, num_decoding: int) -> float:

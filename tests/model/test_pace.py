@@ -55,7 +55,7 @@ def test_one_that_reads_makes_steps_of_many_almost_twice_as_long(machine: Machin
 def test_where_reading_costs_much_in_any_case_it_is_not_cut_to_crumbs() -> None:
     machine = Machine(step_s=0.002, row_s=0.0, fixed_s=0.010, token_s=0.00005)  # a GPU's step without its graph
     _, read = machine.reads(1)
-    assert min(read[10:]) >= 100 and max(longer(machine, read[10:])) < 16
+    assert min(read[10:]) >= 90 and max(longer(machine, read[10:])) < 11
 
 
 def test_many_that_read_are_not_held_up_by_a_few_that_decode() -> None:
@@ -78,7 +78,7 @@ def test_a_long_prompt_is_cut_so_that_those_who_decode_go_on() -> None:
     for num_read in (10, 20):
         bench.scheduler.pace.told(2, num_read, 0.01 + num_read * 0.0004)
     bench.add("long", 90)
-    assert [bench.step()[0] for _ in range(2)] == [{"a": 1, "b": 1, "long": 20}] * 2
+    assert [bench.step()[0] for _ in range(2)] == [{"a": 1, "b": 1, "long": 17}] * 2
 
 
 def test_how_a_step_is_filled_does_not_show_in_the_tokens(make_engine: MakeEngine) -> None:
