@@ -47,11 +47,10 @@ class Timed:
 
     def __init__(self, config: ModelConfig, length: int, num_seqs: int, dtype: str) -> None:
         blocks = DISTINCT // 16 + num_seqs * 8 + 2 * length // 16
-        sizes = {"max_model_len": length, "max_num_seqs": num_seqs, "max_batch_tokens": max(512, num_seqs)}
         self.engine = Engine(
             random_decoder(config, dtype, torch.device("cpu")),
             Tokenizer.load(BUNDLED),
-            EngineConfig(dtype=dtype, num_blocks=blocks, **sizes),
+            EngineConfig("cpu", dtype, length, num_seqs, max(512, num_seqs), num_blocks=blocks),
         )
         self.own_s = self.decode_s = 0.0
         self._depth = 0

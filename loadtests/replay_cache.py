@@ -121,8 +121,8 @@ def simulate(trace: Iterable[Asked], block_size: int, capacity: int) -> Found:
             num_hits += 1
         num_asked += len(one.prompt)
         num_found += num_hits * block_size
-        # Its output and its unfinished block take room too; the beginning is used last, so it goes last.
-        rest = -(-(len(one.prompt) + one.num_output) // block_size) - len(names)
+        # What its output fills takes room too. The beginning counts as used last: without it the rest is of no use.
+        rest = (len(one.prompt) + one.num_output - 1) // block_size - len(names)
         extra = [b"%d %d" % (num_asked, at) for at in range(rest)]
         for name in reversed(names + extra):
             cache[name] = None

@@ -160,3 +160,15 @@ async def test_a_full_queue_is_tried_again_until_there_is_room(served: Served, h
         third = asyncio.create_task(patient)
         await until(lambda: num_refused() > 1 or third.done(), "it is refused as well")
     assert (await third).usage
+
+
+def test_a_conversation_that_goes_on_computes_only_what_is_new(client: OpenAI) -> None:
+    said = "Once upon a time there was a little old woman who lived at the edge of the forest. " * 3
+    fields: Any = {"model": "bundled", "seed": 4, "max_tokens": 4}
+    found = []
+    for salt in ("one", "one", "other"):
+        prompt = f"{said}{len(found)}"
+        answer = client.completions.create(**fields, prompt=prompt, extra_body={"cache_salt": salt})
+        assert answer.usage and answer.usage.prompt_tokens_details
+        found.append(answer.usage.prompt_tokens_details.cached_tokens)
+    assert found[0] == found[2] == 0 and found[1] and found[1] >= 32

@@ -2,25 +2,20 @@
 
 A prompt's tokens lengthen the step for everyone in it. Each sequence that reads its prompt is worth as much time as one
 that decodes, and all that read together at least as much as all that decode: a prompt that arrives among many makes
-their steps twice as long, many that arrive among few are not held up by these. It knows no sequences and no clock, and
-changes what is computed together, never what comes out.
+their steps almost twice as long, many that arrive among few are not held up by these. It knows no sequences and no
+clock, and changes what is computed together, never what comes out.
 """
 
-from dataclasses import dataclass
+from collections import deque
+from statistics import median
 
 LEAST = 16  # tokens of prompts in a step, however slow: everyone gets on
-WEIGHT = 0.25  # of a new measurement against all before
-MOST_JUMP = 2.0  # an outlier counts as so many times what was expected, at most
-
-
-@dataclass(slots=True)
-class _Mean:
-    """A moving mean; 0 while nothing is known."""
-
-    value: float = 0.0
-
-    def add(self, value: float) -> None:
-        self.value += WEIGHT * (min(value, MOST_JUMP * self.value) - self.value) if self.value else value
+ENOUGH = 128  # where steps get long by reading at all, so much for it at most
+SHARE = 0.7  # of the time of those who decode, for those who read: what is predicted is not always what comes
+KEEP = 0.9  # weight of a measurement, against that of the next one
+MOST_JUMP = 3.0  # an outlier counts as so many times what was expected, at most
+PROBE = 0.75  # every second step reads so much less: from one size alone nobody could tell what a token costs
+STEPS = 9  # that a typical one is judged by
 
 
 class Pace:
@@ -28,30 +23,56 @@ class Pace:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._decoding_s: dict[int, _Mean] = {}  # of a step in which so many decode, by the power of two
-        self._read_s = _Mean()  # of one more token of a prompt
+        self._decoding_s: dict[int, deque[float]] = {}  # steps in which so many decode, by the power of two
+        # Of steps that read: their number, tokens, added seconds, tokens squared, tokens times seconds; all fading.
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        self._probes = False
 
     def told(self, num_decoding: int, num_read: int, seconds: float) -> None:
         """A step has taken so long."""
         if not num_read:
-            self._decoding_s.setdefault(num_decoding.bit_length(), _Mean()).add(seconds)
+            self._decoding_s.setdefault(num_decoding.bit_length(), deque(maxlen=STEPS)).append(seconds)
             return
-        beside_s = self._decode_s(num_decoding) if num_decoding else 0.0
-        if seconds > beside_s:
-            self._read_s.add((seconds - beside_s) / num_read)
+        added_s = max(0.0, seconds - (self._decode_s(num_decoding) if num_decoding else 0.0))
+        fixed_s, token_s = self._reading()
+        if token_s:
+            added_s = min(added_s, MOST_JUMP * (fixed_s + token_s * num_read))
+        num, tokens, total_s, squares, products = (KEEP * each for each in self._sums)
+        self._sums = (
+            num + 1,
+            tokens + num_read,
+            total_s + added_s,
+            squares + num_read * num_read,
+            products + num_read * added_s,
+        )
+        self._probes = not self._probes
 
     def budget(self, num_decoding: int, num_reading: int) -> int:
         """Tokens of the next step, in which so many decode, one token each, and so many read."""
-        decode_s = self._decode_s(num_decoding)
-        if not num_decoding or not num_reading or not decode_s or not self._read_s.value:
+        if not num_decoding or not num_reading:
             return self._most
-        share = max(1.0, num_reading / num_decoding)
-        return min(self._most, num_decoding + max(LEAST, int(share * decode_s / self._read_s.value)))
+        decode_s, (fixed_s, token_s) = self._decode_s(num_decoding), self._reading()
+        if not decode_s or not token_s:
+            return self._most
+        room_s = SHARE * max(1.0, num_reading / num_decoding) * decode_s - fixed_s
+        # Where reading takes too long in any case, as much is read as takes as long again: in smaller pieces it would
+        # only take more steps, and these hardly less time.
+        num_read = room_s / token_s if room_s > 0 else min(ENOUGH, fixed_s / token_s)
+        return min(self._most, num_decoding + max(LEAST, int(num_read * (PROBE if self._probes else 1.0))))
+
+    def _reading(self) -> tuple[float, float]:
+        """Seconds that reading adds to a step in any case, and for each token: a line through what was measured."""
+        num, tokens, total_s, squares, products = self._sums
+        if not total_s:
+            return 0.0, 0.0
+        mean_s, spread = total_s / tokens, num * squares - tokens * tokens
+        slope = (num * products - tokens * total_s) / spread if spread > 1e-3 * tokens * tokens else mean_s
+        slope = min(max(slope, mean_s / 3), mean_s)
+        return (total_s - slope * tokens) / num, slope
 
     def _decode_s(self, num_decoding: int) -> float:
         """As known, or of the number nearest to it of which something is known; 0 if nothing is."""
+        if not self._decoding_s:
+            return 0.0
         size = num_decoding.bit_length()
-        known = self._decoding_s.get(size)
-        if known is None and self._decoding_s:
-            known = self._decoding_s[min(self._decoding_s, key=lambda other: abs(other - size))]
-        return known.value if known else 0.0
+        return median(self._decoding_s[min(self._decoding_s, key=lambda other: abs(other - size))])

@@ -123,3 +123,17 @@ def test_without_the_cache_everything_is_computed() -> None:
     ask(bench, "a", PROMPT[:9])
     ask(bench, "b", PROMPT[:9])
     assert [bench.step()[0] for _ in range(2)] == [{"a": 9, "b": 1}, {"a": 1, "b": 8}]
+
+
+def test_a_preemption_costs_what_others_have_taken_and_no_more() -> None:
+    bench = Bench(replace(SHARING, max_model_len=60, num_blocks=30))
+    sequences = [ask(bench, str(i), tuple(range(2 + i, 12 + i))) for i in range(8)]
+    total = num_evicted = 0
+    while bench.scheduler.has_work:
+        kept = set(bench.scheduler.pool._kept)
+        total += sum(bench.step()[0].values())
+        num_evicted += len({block for block in kept if bench.scheduler.pool._names[block] is None})
+    num_again = total - sum(each.num_total - 1 for each in sequences)
+    num_preemptions = bench.scheduler.num_preemptions
+    # Beside the blocks that were taken: of each the one that was not full, and the one with the last token.
+    assert num_preemptions > 3 and 0 < num_again <= 4 * num_evicted + 8 * num_preemptions

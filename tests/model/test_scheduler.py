@@ -327,6 +327,21 @@ class AnyWorkload(RuleBasedStateMachine):
             assert all(planned.get(id) == each.gap or is_coming(each) for id, each in self.alive.items() if each.blocks)
         outcomes = self.scheduler.commit(plan, self.bench.compute(plan))
         assert plan.chunks or outcomes or not self.alive  # something happens in every step
+        self.enter(outcomes)
+
+    @rule()
+    def two_steps_of_a_device_that_runs_ahead(self) -> None:
+        """The second is planned before the first is told, and computed for whoever has not ended with it."""
+        first = self.scheduler.plan()
+        drawn = self.bench.compute(first)
+        self.scheduler.advance(first)
+        second = self.scheduler.plan()
+        self.enter(self.scheduler.commit(first, drawn))
+        left = tuple(chunk for chunk in second.chunks if self.scheduler.owns(chunk.sequence))
+        second = replace(second, chunks=left)
+        self.enter(self.scheduler.commit(second, self.bench.compute(second)))
+
+    def enter(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             sequence = outcome.sequence
             assert sequence.num_total <= max(self.bench.config.max_model_len, sequence.num_prompt)

@@ -37,6 +37,7 @@ NULLABLE = {"model", "temperature", "top_k", "top_p", "min_p", "repetition_penal
     "response_format",
     "regex",
     "grammar",
+    "cache_salt",
 }
 ODD = [0, -1, 1, 1.5, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf"), -0.0, "1", "", "\ud800", True, None]
 ODD += [[], {}, [1], [-1], [256], [True], ["a"] * 17, [[]], {"7": 1}, {"07": 1}, {"256": 1}, {"1e3": 1}, {"\ud800": 1}]
