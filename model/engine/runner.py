@@ -16,7 +16,7 @@ from model.engine.scheduler import Chunk, StepPlan
 from model.engine.sequence import Sequence
 from model.nn.attention import PagedAttention
 from model.nn.batch import TILE, AttentionGroup, ForwardBatch, pad_rows
-from model.nn.decoder import Decoder, as_dtype
+from model.nn.decoder import Decoder, as_dtype, product_shapes
 from model.nn.pieces import Pieces, agreeing_counts
 from model.nn.rows import attention_rows, linear_rows
 from model.request import TokenLogprob
@@ -43,7 +43,7 @@ class Runner:
         self.device = torch.device(config.device)
         dtype = as_dtype(config.dtype)
         self.store = PagedStore(decoder.config, config.num_blocks, config.block_size, self.device, dtype)
-        matrices = [(p.shape[0], p.shape[1]) for p in decoder.parameters() if p.dim() == 2 and p.is_floating_point()]
+        matrices = product_shapes(decoder)
         self.row_multiple = linear_rows(matrices, self.device, dtype)
         shape, fixed = decoder.config, self.device.type == "cpu" and (dtype == torch.float32 or config.deterministic)
         self.attention_rows = attention_rows(shape.head_dim, TILE, shape.num_kv_heads, dtype) if fixed else 1
@@ -51,7 +51,7 @@ class Runner:
         if fixed and dtype != torch.float32:
             most = {shape.vocab_size: config.max_num_seqs}  # rows of the head are of sequences, not tokens
             self.pieces = {
-                each: agreeing_counts(each, dtype, most.get(each[0], config.max_batch_tokens)) for each in set(matrices)
+                each: agreeing_counts(each, dtype, most.get(each[0], config.max_batch_tokens)) for each in matrices
             }
 
     def can_run_ahead(self, plan: StepPlan) -> bool:

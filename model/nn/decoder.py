@@ -74,6 +74,14 @@ def num_parameters(decoder: nn.Module) -> int:
     return sum(p.numel() for p in decoder.parameters())
 
 
+def product_shapes(decoder: Decoder) -> set[tuple[int, int]]:
+    """Shapes (out, in) of the weights that rows are multiplied by, but for quantised ones."""
+    weights = [layer.weight for layer in decoder.modules() if isinstance(layer, nn.Linear)]
+    if decoder.head is None and isinstance(decoder.embed, nn.Embedding):
+        weights.append(decoder.embed.weight)
+    return {(weight.shape[0], weight.shape[1]) for weight in weights}
+
+
 def num_bytes(decoder: nn.Module) -> int:
     """What a network's weights and tables take in memory."""
     return sum(t.nbytes for t in (*decoder.parameters(), *decoder.buffers()))

@@ -8,7 +8,7 @@ layers: see `pieces.py`.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
@@ -21,13 +21,13 @@ NUM_REFERENCE_ROWS = 256
 logger = logging.getLogger(__name__)
 
 
-def linear_rows(shapes: Iterable[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> int:
+def linear_rows(shapes: Collection[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> int:
     """The multiple for linear layers of these weight shapes (out, in). GPUs and other dtypes than float32 promise
     nothing at any number of rows, and get none."""
     if device.type == "cuda" or dtype != torch.float32:
         return 1
     random = torch.Generator().manual_seed(0)
-    found = MULTIPLES[0]
+    found = MULTIPLES[0] if shapes else 1
     for shape in sorted(set(shapes)):
         weight = torch.randn(shape, generator=random)
         rows = torch.randn(NUM_REFERENCE_ROWS, shape[1], generator=random)
