@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TREE_LINE = re.compile(r"^([\w./-]+\.\w+|Makefile|Dockerfile|LICENSE|\.ci/\w+) {2,}\S", re.MULTILINE)
-SHOWN_AS_A_FOLDER = ("model/bundled/", "loadtests/clients/", "loadtests/fuzz/")
+SHOWN_AS_A_FOLDER = ("model/bundled/", "loadtests/clients/", "loadtests/fuzz/", "loadtests/peers/")
 
 
 def tracked() -> set[str]:
