@@ -165,7 +165,7 @@ async def test_a_full_queue_is_tried_again_until_there_is_room(served: Served, h
 def test_a_conversation_that_goes_on_computes_only_what_is_new(client: OpenAI) -> None:
     said = "Once upon a time there was a little old woman who lived at the edge of the forest. " * 3
     fields: Any = {"model": "bundled", "seed": 4, "max_tokens": 4}
-    found = []
+    found: list[int | None] = []
     for salt in ("one", "one", "other"):
         prompt = f"{said}{len(found)}"
         answer = client.completions.create(**fields, prompt=prompt, extra_body={"cache_salt": salt})
