@@ -77,9 +77,11 @@ class NativeRunner:
                 if is_bad:
                     bad.add(i)
         done.failed.extend(drawing[i].sequence for i in sorted(bad) if drawing[i].sequence not in done.failed)
-        for sequence in done.failed:
-            # Before anyone else gets the blocks: a masked NaN is still a NaN to whoever sums over it.
-            self.store.clear(sequence.blocks)
+        for chunk in plan.chunks if done.failed else ():
+            if chunk.sequence in done.failed:
+                # Before anyone else gets the blocks: a masked NaN is still a NaN to whoever sums over it. Those before
+                # this chunk's are finite, and may be others' as well.
+                self.store.clear(chunk.sequence.blocks[chunk.start // self.config.block_size :])
         return done
 
     def _compute(self, plan: StepPlan) -> None:
