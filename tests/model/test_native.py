@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.config import EngineConfig
 from model.engine.engine import Engine
@@ -19,6 +20,7 @@ from model.families.registry import read_config
 from model.native import build, library
 from model.nn.attention import DenseAttention
 from model.nn.decoder import Decoder
+from model.nn.quantized import Int8Weight
 from model.request import Request, SamplingParams
 from model.tokenizer import Tokenizer
 from model.weights import load_decoder
@@ -204,7 +206,8 @@ def test_a_number_that_is_not_finite_is_never_hidden(load: Load, precision: str)
 class Int8Attention(DenseAttention):
     """The core's int8 arithmetic in the plainest form."""
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
+        assert isinstance(weight, Tensor)
         of_rows, of_channels = x.abs().amax(1, keepdim=True) / 127, weight.abs().amax(1, keepdim=True) / 127
         sums = (x / of_rows).round().double() @ (weight / of_channels).round().double().T
         out = sums.float() * of_rows * of_channels.T
