@@ -44,7 +44,12 @@ class Candidate:
         self.name, self.nats, self.seconds = name, 0.0, 0.0
         self.rates: dict[int, list[float]] = {num: [] for num in args.streams}
         self.engine = Engine.load(
-            args.model, device=args.device, dtype=dtype, quantize=quantize or "none", cache_gib=args.cache_gib
+            args.model,
+            device=args.device,
+            dtype=dtype,
+            quantize=quantize or "none",
+            cache_gib=args.cache_gib,
+            native=False,  # which would take the weights for itself
         )
 
     @torch.inference_mode()

@@ -48,8 +48,14 @@ class Bench:
     def __init__(self, args: argparse.Namespace, name: str) -> None:
         dtype, _, quantize = name.partition("-")
         self._engine = Engine.load(
-            args.model, device=args.device, dtype=dtype, quantize=quantize or "none", cache_gib=args.cache_gib
+            args.model,
+            device=args.device,
+            dtype=dtype,
+            quantize=quantize or "none",
+            cache_gib=args.cache_gib,
+            native=False,  # which would take the weights for itself
         )
+        self._native = args.native
         self._rounds, self._draw = args.rounds, random.Random(args.seed)
         self.requests = self._make(args.requests, args.tokens)
 
@@ -61,7 +67,11 @@ class Bench:
     def engine(self, deterministic: bool, num_seqs: int, num_tokens: int) -> Engine:
         """Another engine over the same weights."""
         config = replace(
-            self._engine.config, deterministic=deterministic, max_num_seqs=num_seqs, max_batch_tokens=num_tokens
+            self._engine.config,
+            native=self._native,
+            deterministic=deterministic,
+            max_num_seqs=num_seqs,
+            max_batch_tokens=num_tokens,
         )
         return Engine(self._engine.runner.decoder, self._engine.tokenizer, config)
 
@@ -150,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="0 leaves the cost out")
     parser.add_argument("--threads", type=int, default=spare_cores())
     parser.add_argument("--cache-gib", type=float, default=0.25)
+    parser.add_argument("--no-native", dest="native", action="store_false", help="on a CPU, with torch alone")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

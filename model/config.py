@@ -94,6 +94,7 @@ class EngineConfig:
     block_size: int = 16  # tokens of one cache block
     num_blocks: int = 0
     prefix_cache: bool = True  # keys and values of a common beginning are computed once
+    native: bool = True  # on a CPU: a step in one call of the native core, where it was built
     quantize: str = "none"  # or "int8": weights of linear layers, one byte each
     deterministic: bool = False  # in 16 bits and on a GPU: slower products whose rows don't depend on the batch
 

@@ -84,6 +84,13 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences computed in one step")
     parser.add_argument("--cache-gib", type=float, metavar="GIB", help="memory for the paged cache")
     parser.add_argument(
+        "--no-native",
+        dest="native",
+        action="store_const",
+        const=False,
+        help="on a CPU, compute with torch alone: slower",
+    )
+    parser.add_argument(
         "--no-prefix-cache",
         dest="prefix_cache",
         action="store_const",

@@ -26,9 +26,8 @@ def generate(args: argparse.Namespace) -> None:
     """Stream one text to stdout; figures go to stderr."""
     folder = Path(args.model or BUNDLED)
     chosen = ("device", "dtype", "quantize", "deterministic", "max_model_len", "cache_gib")
-    engine = Engine.load(
-        folder, max_num_seqs=1, **{name: getattr(args, name) for name in chosen if getattr(args, name)}
-    )
+    flags = {name: getattr(args, name) for name in chosen if getattr(args, name)}
+    engine = Engine.load(folder, max_num_seqs=1, native=args.native is not False, **flags)
     request = _request(engine, folder, args)
     assembler = Assembler(engine.tokenizer, request)
     engine.add(request)

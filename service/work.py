@@ -70,6 +70,7 @@ def load_engine(settings: Settings) -> Engine:
         max_num_seqs=settings.max_num_seqs,
         cache_gib=settings.cache_gib,
         prefix_cache=settings.prefix_cache,
+        native=settings.native,
         deterministic=settings.deterministic,
     )
 

@@ -97,8 +97,9 @@ class Engine:
         cache_gib: float | None = None,
         deterministic: bool = False,
         prefix_cache: bool = True,
+        native: bool = True,
     ) -> "Engine":
-        """An engine for a Hugging Face folder; for the last three see `EngineConfig`.
+        """An engine for a Hugging Face folder; for the last four see `EngineConfig`.
 
         Raises `CheckpointError` and `EngineConfigError`, one line each.
         """
@@ -118,7 +119,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             cache_gib=cache_gib,
         )
-        engine = replace(sized, deterministic=deterministic, prefix_cache=prefix_cache)
+        engine = replace(sized, deterministic=deterministic, prefix_cache=prefix_cache, native=native)
         return cls(decoder, tokenizer, engine, make_runner(decoder, engine, drop=True))
 
     def add(self, request: Request, so_far: Seq[int] = ()) -> None:

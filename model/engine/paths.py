@@ -42,7 +42,7 @@ def make_runner(decoder: Decoder, config: EngineConfig, drop: bool = False) -> S
     `drop`: the runner may take the decoder's matrices away, so that weights it packs are in memory once.
     """
     if not config.device.startswith("cuda"):
-        return _make_native(decoder, config, drop) or Runner(decoder, config)
+        return (_make_native(decoder, config, drop) if config.native else None) or Runner(decoder, config)
     reason: str | None = "triton is not installed"
     if HAS_KERNELS:
         reason = disagreement(decoder.config, torch.device(config.device), as_dtype(config.dtype))

@@ -16,7 +16,7 @@ from model.request import Request, SamplingParams
 from model.tokenizer import Tokenizer
 from tests.faults.client import Reading
 
-DIFFERS = re.compile(rb'"created":\d+|"timings":\{[^}]*\}')
+DIFFERS = re.compile(rb'"created":\d+|"timings":\{[^}]*\}|,"cached_tokens":\d+')
 SAMPLING = {"temperature": 0.8, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
 
 
@@ -45,7 +45,7 @@ class Unfailed:
     and once more if more is asked for; an answer is the beginning of that, since nothing but the length ends these."""
 
     def __init__(self, folder: Path, num_tokens: int = 0) -> None:
-        self._engine = Engine.load(folder, device="cpu", dtype="float32", max_num_seqs=16)
+        self._engine = Engine.load(folder, device="cpu", dtype="float32", max_num_seqs=16, native=False)
         self._num_tokens = num_tokens
         self._known: dict[str, list[int]] = {}
 
@@ -113,7 +113,8 @@ def complaints(reading: Reading, oracle: Oracle, reason: str = "length") -> list
 
 
 def frames(reading: Reading) -> list[tuple[str, bytes]]:
-    """The bytes of every event and its id, without what differs between two runs: whose they are, and the times."""
+    """The bytes of every event and its id, without what differs between two runs: whose they are, the times, and
+    how much was found in the cache."""
     return [
         (id.partition(":")[2], DIFFERS.sub(b"", data.replace(reading.id.encode(), b""))) for id, data in reading.data()
     ]

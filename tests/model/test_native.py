@@ -224,7 +224,7 @@ def test_bfloat16_and_int8_stay_near(load: Load, name: str, target: str) -> None
         assert (logits - expected).norm() / expected.norm() < error, dtype
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "llama-untied"])
 def test_weights_that_are_int8_already_are_packed_as_they_are(load: Load, tmp_path: Path, name: str) -> None:
     folder = save_folder(random_decoder(replace(TINY, **FAMILIES[name])), tmp_path / name)  # type: ignore[arg-type]
     decoder = load_decoder(folder, read_config(folder), torch.float32, torch.device("cpu"), quantized=True)

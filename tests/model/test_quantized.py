@@ -186,7 +186,7 @@ def test_rows_of_a_tied_embedding_are_its_numbers(tmp_path: Path) -> None:
 
 def test_the_engine_gives_the_same_tokens_alone_among_others_and_in_other_chunks(tmp_path: Path) -> None:
     folder, requests = save_folder(random_decoder(TINY), tmp_path / "folder"), mixed_requests(32)
-    engine = Engine.load(folder, device="cpu", quantize="int8", cache_gib=0.01)
+    engine = Engine.load(folder, device="cpu", quantize="int8", cache_gib=0.01, native=False)
     assert engine.config.quantize == "int8"
     batched = outputs(engine, requests)
     assert batched == {r.id: outputs(engine, [r])[r.id] for r in requests}
