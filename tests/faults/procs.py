@@ -242,7 +242,12 @@ class Cluster:
         """Start one; it may not have announced itself yet."""
         name = self._name("worker")
         command = [*self._command("worker", redis_url), "--device", "cpu", "--dtype", "float32", "--threads", "1"]
-        command += ["--no-native", "--lease-s", str(self.lease_s), *flags]  # slow, so that there is time to break things
+        command += [
+            "--no-native",
+            "--lease-s",
+            str(self.lease_s),
+            *flags,
+        ]  # slow, so that there is time to break things
         self.workers.append(worker := Worker(name, command, self.folder / f"{name}.log"))
         return worker
 
