@@ -29,6 +29,7 @@ from fastapi import FastAPI
 from sse_starlette import EventSourceResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from loadtests.client import wait_until_ready
 from model.request import Delta, Finish, FinishReason, Request
 from model.tokenizer import Tokenizer
 from service.broker.memory import MemoryBroker
@@ -292,7 +293,7 @@ def main() -> None:
         port: int = probe.getsockname()[1]
     process = subprocess.Popen([sys.executable, "-m", "loadtests.bench_events", "--serve", str(port)])
     try:
-        _wait_for(port)
+        wait_until_ready(port)
         rows = [row for num in args.streams for row in turns(args, num, port, psutil.Process(process.pid))]
     finally:
         process.terminate()
@@ -313,18 +314,6 @@ def turns(args: argparse.Namespace, num_streams: int, port: int, server: psutil.
             elif turn:
                 runs[path].append(result)
     return report(num_streams, runs)
-
-
-def _wait_for(port: int) -> None:
-    for _ in range(600):
-        with socket.socket() as probe:
-            probe.settimeout(1)
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                probe.sendall(b"GET /ready HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
-                if b" 200" in probe.recv(64):
-                    return
-        time.sleep(0.05)
-    raise RuntimeError("the server is not ready after 30 s")
 
 
 if __name__ == "__main__":

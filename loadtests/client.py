@@ -6,6 +6,7 @@ time than the server it measures.
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,3 +74,17 @@ async def stream(
         return result
     finally:
         writer.close()
+
+
+def wait_until_ready(port: int, within_s: float = 30.0) -> None:
+    """Until a server on this machine says so. Raises `RuntimeError`."""
+    until_s = time.monotonic() + within_s
+    while time.monotonic() < until_s:
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                probe.sendall(b"GET /ready HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
+                if b" 200" in probe.recv(64):
+                    return
+        time.sleep(0.05)
+    raise RuntimeError(f"the server is not ready after {within_s:.0f} s")

@@ -12,7 +12,6 @@ import json
 import mmap
 import os
 import re
-import socket
 import struct
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import cast
 import psutil
 import uvloop
 
+from loadtests.client import wait_until_ready
 from model.engine.engine import EngineStats
 from model.families.registry import read_config
 from model.request import Delta, Finish, FinishReason, Request
@@ -229,18 +229,6 @@ def _quantile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(q * len(values)))] if values else float("nan")
 
 
-def _wait_for(port: int) -> None:
-    for _ in range(600):
-        with socket.socket() as probe:
-            probe.settimeout(1)
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                probe.sendall(b"GET /ready HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
-                if b" 200" in probe.recv(64):
-                    return
-        time.sleep(0.05)
-    raise RuntimeError("the api is not ready after 30 s")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=1000)
@@ -282,7 +270,7 @@ def measure(args: argparse.Namespace, redis: RedisServer, stamps: Stamps, stack:
         processes[name] = psutil.Process(process.pid)
     processes["redis"] = psutil.Process(redis.pid)
     processes["reader"] = psutil.Process()
-    _wait_for(port)
+    wait_until_ready(port)
     before = {name: (p.cpu_times(), p.memory_info().rss) for name, p in processes.items()}
     began_s = time.monotonic()
     readers, lag = uvloop.run(read_all(port, args))
