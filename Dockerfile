@@ -40,6 +40,8 @@ COPY service service
 RUN /opt/pip/bin/pip --python /opt/millrace/bin/python install --quiet --no-deps .
 
 FROM build-api AS build-worker
+ARG PIP_NO_INDEX
+ARG PIP_FIND_LINKS
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 COPY deploy/requirements/worker.txt ./
 RUN /opt/pip/bin/pip --python /opt/millrace/bin/python install --quiet --no-deps -c constraints.txt -r worker.txt \
