@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes sure of the programs that check the deployment's files: shellcheck and Caddy by apt-get (Debian, Ubuntu), the
+# Makes sure of the programs that check the deployment's files: shellcheck and nginx by apt-get (Debian, Ubuntu), the
 # rest of deploy/checkers.txt in .checkers. Where all are there it does and says nothing. kubectl it can't install.
 #   usage: deploy/checkers.sh
 set -eu
@@ -13,7 +13,7 @@ fi
 
 packages=
 command -v shellcheck >/dev/null 2>&1 || packages="shellcheck"
-command -v caddy >/dev/null 2>&1 || packages="${packages:+$packages }caddy"
+command -v nginx >/dev/null 2>&1 || [ -x /usr/sbin/nginx ] || packages="${packages:+$packages }nginx-light"
 [ "$packages" ] || exit 0
 command -v apt-get >/dev/null 2>&1 || {
     echo "deploy/checkers.sh: no apt-get here; install yourself: $packages" >&2

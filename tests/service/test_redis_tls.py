@@ -1,4 +1,4 @@
-"""`rediss://` against a real redis-server with a certificate of its own authority: who trusts it gets in, no one else."""
+"""`rediss://` against a real redis-server with a certificate of its own authority: who trusts it gets in."""
 
 import subprocess
 import time
@@ -33,7 +33,20 @@ def certified(folder: Path, ca: tuple[Path, Path]) -> tuple[Path, Path]:
     new = ["openssl", "req", "-new", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=queue"]
     subprocess.run([*new, "-keyout", key, "-out", request], check=True, capture_output=True)
     (folder / "names").write_text("subjectAltName=DNS:localhost\n")
-    sign = ["openssl", "x509", "-req", "-in", request, "-CA", ca[0], "-CAkey", ca[1], "-CAcreateserial", "-days", "2"]
+    sign: list[str | Path] = [
+        "openssl",
+        "x509",
+        "-req",
+        "-in",
+        request,
+        "-CA",
+        ca[0],
+        "-CAkey",
+        ca[1],
+        "-CAcreateserial",
+        "-days",
+        "2",
+    ]
     subprocess.run([*sign, "-extfile", folder / "names", "-out", certificate], check=True, capture_output=True)
     return certificate, key
 
