@@ -61,51 +61,51 @@ COPY model model
 COPY service service
 RUN /opt/pip/bin/pip --python /opt/millrace/bin/python install --quiet -c constraints.txt .
 
-# --- the images -------------------------------------------------------------------------------------------------------
+# --- the images: what is largest comes last, so that nothing is stored on top of it ------------------------------------
 
 FROM base AS api
 LABEL org.opencontainers.image.title="millrace-api" \
       org.opencontainers.image.description="The HTTP half of Millrace, before a queue in Redis" \
       org.opencontainers.image.licenses="Apache-2.0"
-COPY --from=build-api /opt/millrace /opt/millrace
 USER 10001
 WORKDIR /tmp
 ENV PATH=/opt/millrace/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
-    MILLRACE_HOST=0.0.0.0 MILLRACE_METRICS_HOST=0.0.0.0 MILLRACE_METRICS_PORT=9000
-EXPOSE 8000 9000
+    MILLRACE_HOST=0.0.0.0 MILLRACE_METRICS_HOST=0.0.0.0 MILLRACE_METRICS_PORT=9464
+EXPOSE 8000 9464
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=5s --timeout=5s --start-period=30s CMD ["millrace", "health"]
 ENTRYPOINT ["tini", "--", "millrace"]
 CMD ["api"]
+COPY --from=build-api /opt/millrace /opt/millrace
 
 FROM base AS worker
 LABEL org.opencontainers.image.title="millrace-worker" \
       org.opencontainers.image.description="An engine of Millrace, on the CPU" \
       org.opencontainers.image.licenses="Apache-2.0"
-COPY --from=build-worker /opt/millrace /opt/millrace
 USER 10001
 WORKDIR /tmp
 ENV PATH=/opt/millrace/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
-    MILLRACE_HOST=0.0.0.0 MILLRACE_METRICS_HOST=0.0.0.0 MILLRACE_METRICS_PORT=9000
-EXPOSE 8000 9000
+    MILLRACE_HOST=0.0.0.0 MILLRACE_METRICS_HOST=0.0.0.0 MILLRACE_METRICS_PORT=9464
+EXPOSE 8000 9464
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=5s --timeout=5s --start-period=60s CMD ["millrace", "health", "--worker"]
 ENTRYPOINT ["tini", "--", "millrace"]
 CMD ["worker"]
+COPY --from=build-worker /opt/millrace /opt/millrace
 
 FROM base-cuda AS worker-cuda
 LABEL org.opencontainers.image.title="millrace-worker-cuda" \
       org.opencontainers.image.description="An engine of Millrace, on NVIDIA GPUs" \
       org.opencontainers.image.licenses="Apache-2.0"
-COPY --from=build-worker-cuda /opt/millrace /opt/millrace
 USER 10001
 WORKDIR /tmp
 # Triton compiles its kernels at the start, into a folder that may be written: mount a tmpfs there.
 ENV PATH=/opt/millrace/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp TRITON_CACHE_DIR=/tmp/triton \
-    MILLRACE_HOST=0.0.0.0 MILLRACE_METRICS_HOST=0.0.0.0 MILLRACE_METRICS_PORT=9000 MILLRACE_DEVICE=cuda \
+    MILLRACE_HOST=0.0.0.0 MILLRACE_METRICS_HOST=0.0.0.0 MILLRACE_METRICS_PORT=9464 MILLRACE_DEVICE=cuda \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-EXPOSE 8000 9000
+EXPOSE 8000 9464
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=5s --timeout=5s --start-period=300s CMD ["millrace", "health", "--worker"]
 ENTRYPOINT ["tini", "--", "millrace"]
 CMD ["worker"]
+COPY --from=build-worker-cuda /opt/millrace /opt/millrace
