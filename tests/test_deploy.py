@@ -62,7 +62,7 @@ def needed(*roots: Requirement) -> set[str]:
 
 def listed(name: str) -> list[str]:
     lines = (DEPLOY / "requirements" / name).read_text().splitlines()
-    return [line for line in lines if not line.startswith("#")]
+    return [line for line in lines if "#" not in line and ";" not in line]
 
 
 def test_the_images_get_what_pyproject_asks_for_and_nothing_else() -> None:
