@@ -15,13 +15,13 @@ ARG CUDA_IMAGE=docker.io/nvidia/cuda:12.8.1-base-ubuntu24.04
 FROM ${PYTHON_IMAGE} AS base
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini=0.19.* \
-    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log \
     && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin millrace
 
 FROM ${CUDA_IMAGE} AS base-cuda
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3=3.12.* python3-venv=3.12.* tini=0.19.* \
-    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log \
     && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin millrace
 
 # --- how each is made -------------------------------------------------------------------------------------------------
