@@ -13,6 +13,7 @@ chromium_is_there() {
     command -v chromium || command -v chromium-browser || command -v google-chrome
 }
 packages_are_there() {
+    # shellcheck disable=SC2016  # they are JavaScript's
     node -e '
         const wanted = require("./package.json").devDependencies;
         for (const [name, version] of Object.entries(wanted))
@@ -35,6 +36,7 @@ if [ "$packages" ]; then
     fi
     echo "deploy/browser.sh: INSTALLING ON THIS MACHINE with apt-get: $packages"
     $as_root apt-get update -qq
+    # shellcheck disable=SC2086  # several words
     $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
     node_is_there || give_up "what apt-get installed is older than node 18: $(node --version 2>&1)"
     chromium --version 2>/dev/null

@@ -30,6 +30,7 @@ fi
 echo "deploy/redis.sh: INSTALLING ON THIS MACHINE with apt-get: $packages"
 echo "deploy/redis.sh: the package may start a Redis of its own on port 6379; the tests don't use it"
 $as_root apt-get update -qq
+# shellcheck disable=SC2086  # several words
 $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
 redis_is_there || give_up "what apt-get installed is older than Redis 7: $(redis-server --version 2>&1)"
 redis-server --version

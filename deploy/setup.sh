@@ -29,4 +29,5 @@ if ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.vers
 fi
 echo "installing millrace${extras:+ with $extras}"
 # EDITABLE= (empty) copies the packages into the environment instead of pointing at this folder.
+# shellcheck disable=SC2086  # empty is no word
 $pip install -c constraints.txt ${EDITABLE--e} ".${extras:+[$extras]}"

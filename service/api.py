@@ -61,8 +61,9 @@ class Api:
     """The parts of one process, and their order."""
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
-        assert settings.redis_url is not None
-        self._settings, self._url = settings, settings.redis_url.get_secret_value()
+        url = settings.queue_url
+        assert url is not None
+        self._settings, self._url = settings, url
         self._door = Door(settings, listener, self._why_not, self._why_refuse, self._facts)
         self._link = Link(self._url)
         keyring = self._door.rules.keyring

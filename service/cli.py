@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _chat_arguments(commands.add_parser("chat", help="talk to a running server"))
     _train_arguments(commands.add_parser("train", help="train a model from text"))
     _keys_arguments(commands.add_parser("keys", help="make keys for clients"))
+    _health_arguments(commands.add_parser("health", help="ask a server on this machine how it is"))
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -108,6 +109,8 @@ def _worker_options(parser: argparse.ArgumentParser) -> None:
 
 def _redis_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redis-url", metavar="URL", help="redis://[user:password@]host:port, best in the environment")
+    parser.add_argument("--redis-password-file", type=Path, metavar="FILE", help="the password, where the URL has none")
+    parser.add_argument("--redis-ca-file", type=Path, metavar="FILE", help="PEM of who certifies a rediss:// server")
 
 
 def _process_options(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +151,7 @@ def _lazily(room: str, function: str) -> Callable[[argparse.Namespace], None]:
 
 
 def _settings(args: argparse.Namespace, needs_redis: bool = False) -> Settings:
-    own = ("run", "parent", "name", "keeper", "up")
+    own = ("run", "parent", "name", "keeper", "up", "worker", "alive")
     settings = Settings.load(
         **{key: value for key, value in vars(args).items() if key not in own and value is not None}
     )
@@ -193,10 +196,10 @@ def _load_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_functions(args: argparse.Namespace) -> None:
-    url = _settings(args, needs_redis=True).redis_url
+    url = _settings(args, needs_redis=True).queue_url
     assert url is not None
-    import_module("service.broker.redis").check(url.get_secret_value(), load=True)
-    print(f"loaded into {shown_url(url.get_secret_value())}")
+    import_module("service.broker.redis").check(url, load=True)
+    print(f"loaded into {shown_url(url)}")
 
 
 def _engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -254,6 +257,22 @@ def _add_key(args: argparse.Namespace) -> None:
     print(import_module("service.keys").add_key(args.file, args.name, weight=args.weight, **limits))
     told = f"a key of {args.name}, shown only now: {args.file} holds its hash. A running server looks after a SIGHUP"
     print(told, file=sys.stderr)
+
+
+def _health_arguments(parser: argparse.ArgumentParser) -> None:
+    """The ports are those of the settings, so that in a container no flag is needed."""
+    parser.add_argument("--port", type=int, help="of the api or server that is asked")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="of the worker that is asked")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--alive", action="store_true", help="whether it answers at all, rather than is ready to serve")
+    what.add_argument("--worker", action="store_true", help="whether a worker's engine is up, by its metrics port")
+    parser.set_defaults(run=_health)
+
+
+def _health(args: argparse.Namespace) -> None:
+    healthy, told = import_module("service.health").ask(_settings(args), worker=args.worker, alive=args.alive)
+    print(told, file=sys.stdout if healthy else sys.stderr)
+    sys.exit(0 if healthy else 1)
 
 
 if __name__ == "__main__":

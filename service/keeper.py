@@ -38,8 +38,8 @@ def keep(settings: Settings) -> None:
     """Keep an engine alive until a signal comes; exits with the keeper's code. Raises `StartupError` for a Redis that
     can't be used, which an engine would find out seconds later."""
     configure(settings.log_level, as_json=settings.log_json)
-    assert settings.redis_url is not None
-    url = settings.redis_url.get_secret_value()
+    url = settings.queue_url
+    assert url is not None
     check(url)
     keeper = Keeper(
         lambda name, up: command("engine", "--name", name, "--keeper", str(os.getpid()), "--up", str(up)),

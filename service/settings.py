@@ -11,7 +11,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -46,6 +46,17 @@ def _redis_url(secret: SecretStr) -> SecretStr:
         "expected redis://[user:password@]host[:port][/number], rediss:// for TLS, or unix:///path/of/socket; "
         "special characters of a password are written as %XX"
     )
+
+
+def _password(file: Path) -> str:
+    """What a file holds, but for the newline at its end. Raises `SettingsError`, which does not show it."""
+    try:
+        secret = file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--redis-password-file: {file} can't be read: {error}") from None
+    if not secret:
+        raise SettingsError(f"--redis-password-file: {file} is empty")
+    return secret
 
 
 def _split(value: object) -> object:
@@ -98,6 +109,8 @@ class Settings(BaseSettings):
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
         None, description="where API processes and workers meet; without it one process does everything"
     )
+    redis_password_file: Path | None = Field(None, description="a file with the password, where the URL has none")
+    redis_ca_file: Path | None = Field(None, description="who certifies a Redis reached by rediss://, as PEM")
     lease_s: float = Field(3.0, ge=0.5, le=60, description="how long a silent worker keeps its requests")
     stuck_s: float = Field(30.0, ge=1, le=3600, description="an engine without a step for so long is given up")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
@@ -115,6 +128,28 @@ class Settings(BaseSettings):
             where = f"--{name.replace('_', '-')} or {PREFIX}{name.upper()}"
             got = "" if name == "redis_url" else f" got {first['input']!r}:"
             raise SettingsError(f"{where}:{got} {first['msg']}") from None
+
+    @property
+    def queue_url(self) -> str | None:
+        """The URL of Redis with the password from its file and the CA to trust: what a client is given. Raises
+        `SettingsError`."""
+        if self.redis_url is None:
+            return None
+        url = self.redis_url.get_secret_value()
+        parts = urlsplit(url)
+        if self.redis_password_file is not None:
+            if parts.scheme == "unix" or parts.password is not None:
+                raise SettingsError("--redis-password-file: the URL of Redis has a password too, or is a unix socket")
+            secret = quote(_password(self.redis_password_file), safe="")
+            host = parts.netloc.rpartition("@")[2]
+            parts = parts._replace(netloc=f"{parts.username or ''}:{secret}@{host}")
+        if self.redis_ca_file is not None:
+            if parts.scheme != "rediss":
+                raise SettingsError("--redis-ca-file: only a rediss:// URL uses it; without it nothing is encrypted")
+            if not self.redis_ca_file.is_file():
+                raise SettingsError(f"--redis-ca-file: there is no file {self.redis_ca_file}")
+            parts = parts._replace(query=urlencode({"ssl_ca_certs": self.redis_ca_file}))
+        return parts.geturl()
 
     @property
     def served_name(self) -> str:

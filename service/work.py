@@ -92,8 +92,8 @@ def described(engine: Engine, settings: Settings) -> str:
 
 async def _live(settings: Settings, name: str, up: int) -> int:
     """The exit code. What is raised here is a refusal: nothing has been claimed."""
-    assert settings.redis_url is not None
-    url = settings.redis_url.get_secret_value()
+    url = settings.queue_url
+    assert url is not None
     link = Link(url, may_load=True)
     await link.open()
     try:

@@ -59,6 +59,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.scrape": ("service.listen", "service.settings"),
     "service.listen": ("service.errors", "service.http.protocol"),
     "service.work": ("model", "service"),
+    "service.health": ("service.settings",),
     "service.keeper": (*COMMON, "service.broker.redis", "service.child"),
     "service.child": (),
     "service.lookout": ("model.fingerprint", "service.broker.redis"),

@@ -309,7 +309,8 @@ def _client(url: str) -> "redis.asyncio.Redis":
 
 def _where(url: str) -> str:
     """Host and port, never the password."""
-    return url.rpartition("@")[2].partition("//")[2] or url.rpartition("@")[2]
+    bare = url.partition("?")[0]
+    return bare.rpartition("@")[2].partition("//")[2] or bare.rpartition("@")[2]
 
 
 def _refusal(error: exceptions.RedisError, where: str) -> str:
@@ -325,6 +326,9 @@ def _refusal(error: exceptions.RedisError, where: str) -> str:
         return (
             f"Redis at {where} refuses the password; give user and password: --redis-url redis://user:password@{where}"
         )
+    if "CERTIFICATE_VERIFY_FAILED" in told:
+        fix = "give the PEM file of who certified it: --redis-ca-file FILE, and the host by its certified name"
+        return f"Redis at {where} shows a certificate that is not trusted; {fix}"
     if isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
         return (
             f"Redis can't be reached at {where}; start it (redis-server) or give another: --redis-url redis://host:port"

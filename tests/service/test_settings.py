@@ -1,6 +1,7 @@
 """Flags over environment over defaults; anything unknown or bad refuses."""
 
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from pydantic import ValidationError
@@ -114,3 +115,42 @@ def test_a_child_process_has_the_same_settings(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv(name, text)
     assert Settings.load() == settings
     assert "PATH" in told
+
+
+# --- a password and a certificate from files -------------------------------------------------------------------------
+
+
+def test_the_password_comes_from_a_file_and_is_escaped(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("a/b@c:%\n")
+    settings = Settings.load(redis_url="redis://api@queue:6379/0", redis_password_file=tmp_path / "password")
+    assert settings.queue_url == "redis://api:a%2Fb%40c%3A%25@queue:6379/0"
+    assert "a/b" not in repr(settings) and "a%2Fb" not in repr(settings.environment())
+    nameless = Settings.load(redis_url="rediss://[::1]:6380", redis_password_file=tmp_path / "password")
+    assert nameless.queue_url == "rediss://:a%2Fb%40c%3A%25@[::1]:6380"
+
+
+def test_the_certificate_goes_to_the_client_and_is_not_shown(tmp_path: Path) -> None:
+    ca = tmp_path / "ca.pem"
+    ca.touch()
+    url = Settings.load(redis_url="rediss://api:s3cret@queue", redis_ca_file=ca).queue_url
+    assert url == f"rediss://api:s3cret@queue?ssl_ca_certs={quote(str(ca), safe='')}"
+    assert shown_url(url) == "rediss://queue"
+    with pytest.raises(SettingsError, match="only a rediss:// URL uses it"):
+        _ = Settings.load(redis_url="redis://queue", redis_ca_file=ca).queue_url
+
+
+@pytest.mark.parametrize("content", [None, "", "\n"])
+def test_a_password_file_without_a_password_refuses(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "password"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SettingsError, match=r"--redis-password-file: .*(is empty|can't be read)"):
+        _ = Settings.load(redis_url="redis://queue", redis_password_file=file).queue_url
+
+
+def test_a_password_has_one_place(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("x")
+    settings = Settings.load(redis_url=URL, redis_password_file=tmp_path / "password")
+    with pytest.raises(SettingsError, match="has a password too") as told:
+        _ = settings.queue_url
+    assert "s3cret" not in str(told.value)
