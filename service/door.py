@@ -109,6 +109,7 @@ class Door:
 
         self.stopping, self.hurried = asyncio.Event(), asyncio.Event()
         self.metrics = Metrics(version("millrace"))
+        self.metrics.draining.set_function(self.stopping.is_set)
         self.backend = Backend(unless_stopping(watch), unless_stopping(refuse or watch), facts)
         self.rules, self._listener = rules(settings), listener
         _make_room(settings.max_connections)
@@ -120,7 +121,7 @@ class Door:
     async def open(self) -> AsyncIterator[asyncio.Task[None]]:
         """Answer, with 503 until the backend is loaded. On the way out what was written still gets to its readers. The
         task ends earlier only if the server breaks."""
-        async with scraped(self._settings, lambda: exposition(self.backend, self.metrics)):
+        async with scraped(self._settings, lambda accept: exposition(self.backend, self.metrics, accept)):
             serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
             try:
                 yield serving

@@ -38,6 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.settings": ("model.request",),
     "service.errors": ("model.request",),
     "service.metrics": ("model.request", "service.settings", "service.errors"),
+    "service.metrics_work": (*COMMON, "service.broker.base", "service.worker"),
     "service.keys": ("service.errors",),
     "service.logs": ("model.request", "service.settings", "service.errors"),
     "service.broker": COMMON,

@@ -92,7 +92,8 @@ class Choice:
         if entry.finish is not None:
             self.finish, self.timings, self.told_end = entry.finish, entry.timings, True
             self.held_back = self._opening + self._assembler.finish()
-            self.book.end(entry.finish.reason, now_s, entry.timings.queue_s if entry.timings else None)
+            queue_s = entry.timings.queue_s if entry.timings else None
+            self.book.end(entry.finish.reason, now_s, queue_s, entry.finish.stop_reason)
         return pieces
 
 
@@ -123,7 +124,7 @@ class Generation:
         """The broker has just taken it from us; its body was in at `arrived_s` on the clock."""
         self._is_ours = True
         for choice in self.choices:
-            choice.book.begin(arrived_s)
+            choice.book.begin(arrived_s, choice.request)
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What comes, as it comes, until every choice has finished. Raises whatever the broker raises."""
