@@ -138,9 +138,8 @@ STATUS = (
     stat("Workers", "That are alive and compute this model.", "max(millrace_workers)", steps=((None, RED), (1, GREEN))),
     stat("Cache", "Share of the blocks in use, of the fullest worker.", "max(millrace_cache_use_ratio)", "percentunit",
          steps=((None, GREEN), (0.9, YELLOW)), max=1),
-    stat("Redis memory", "Of what Redis may use; of any amount where it has no limit.",
-         "max(millrace_redis_memory_bytes) / clamp_min(max(millrace_redis_max_memory_bytes), 1e15 * "
-         "(max(millrace_redis_max_memory_bytes) == bool 0))", "percentunit",
+    stat("Redis memory", "Of what Redis may use; 0 where it has no limit.",
+         "max(millrace_redis_memory_bytes) / (max(millrace_redis_max_memory_bytes) > 0) or vector(0)", "percentunit",
          steps=((None, GREEN), (0.6, YELLOW), (0.8, RED)), max=1),
     stat("Draining", "Processes that were told to stop.", "sum(millrace_draining)",
          steps=((None, GREEN), (1, YELLOW))),
