@@ -29,6 +29,7 @@ from service.listen import Server
 from service.metrics import Metrics
 from service.scrape import scraped
 from service.settings import BUNDLED, Settings
+from service.traces import Traces
 
 LAST_BYTES_S = 5  # for connections to take what was written to them
 OTHER_FILES = 128  # that a process may have open beside its connections
@@ -111,6 +112,8 @@ class Door:
         self.metrics = Metrics(version("millrace"))
         self.metrics.draining.set_function(self.stopping.is_set)
         self.backend = Backend(unless_stopping(watch), unless_stopping(refuse or watch), facts)
+        if settings.otlp_endpoint is not None:
+            self.backend.traces = Traces(settings.otlp_endpoint, "millrace-api", version("millrace"))
         self.rules, self._listener = rules(settings), listener
         _make_room(settings.max_connections)
         self._host, self._port = listener.getsockname()[:2]
@@ -128,6 +131,8 @@ class Door:
             finally:
                 self._server.should_exit = True
                 await serving
+                if self.backend.traces is not None:
+                    await asyncio.to_thread(self.backend.traces.close)
 
     def heed_signals(self) -> None:
         """All is loaded. From now on SIGTERM and SIGINT set `stopping`, and then `hurried`."""

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from model.request import FinishReason
 from service.broker.base import Verdict
 from service.metrics import Spread
+from service.traces import Traces
 from service.worker import RELEASED, Report, Stay
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -53,14 +54,19 @@ Stats = TypeVar("Stats", bound=StepStats)
 
 class WorkMetrics(Collector, Generic[Stats]):
     """Of one engine. `progress_age_s` is its worker's, once there is one; `claims` counts what was claimed again and
-    taken over, where the queue outlives a worker."""
+    taken over, where the queue outlives a worker. `traces` is told of each request that leaves."""
 
-    def __init__(self, registry: CollectorRegistry, claims: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        claims: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        traces: Traces | None = None,
+    ) -> None:
         self.progress_age_s: Callable[[], float] = lambda: 0.0
         self.stats: Stats | None = None
         self.num_wasted = dict.fromkeys(WASTED, 0)
         self._fates = dict.fromkeys(FATES, 0)
-        self._claims = claims
+        self._claims, self._traces = claims, traces
         self._step = Spread("step_seconds", "Duration of an engine step.", registry)
         self._step_tokens = Spread("step_tokens", "Tokens computed in an engine step.", registry, TOKENS)
         self._batch = Spread("batch_sequences", "Sequences in the batch, at each step.", registry, TOKENS)
@@ -78,6 +84,10 @@ class WorkMetrics(Collector, Generic[Stats]):
 
     def on_leave(self, stay: Stay) -> None:
         """A request has left the worker."""
+        if self._traces is not None:
+            self._traces.worked(
+                stay.job.request, stay.claimed_s, stay.first_s, len(stay.job.so_far), stay.num_tokens, stay.fate
+            )
         self._fates[stay.fate] += 1
         if stay.fate in WASTED:
             self.num_wasted[stay.fate] += stay.num_tokens

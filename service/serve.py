@@ -18,6 +18,7 @@ from service.door import STOPPING, Door, served
 from service.listen import bind
 from service.logs import configure
 from service.metrics_work import WorkMetrics
+from service.pulse import Pulse
 from service.settings import Settings
 from service.work import described, load_engine, use_cores, wound_up
 from service.worker import Worker
@@ -47,7 +48,7 @@ class House:
         self.broker = MemoryBroker(settings.max_waiting, settings.max_waiting_tokens, settings.keep_s, weights)
         self.worker: Worker[EngineStats] | None = None
         metrics = self.door.metrics
-        self.work: WorkMetrics[EngineStats] = WorkMetrics(metrics.registry)
+        self.work: WorkMetrics[EngineStats] = WorkMetrics(metrics.registry, traces=self.door.backend.traces)
         metrics.gauge("workers", "Engines that are alive.", lambda: self.worker is not None and self.worker.alive)
 
     async def live(self) -> bool:
@@ -57,12 +58,14 @@ class House:
             self.worker = Worker(self.broker, engine, self.work.on_step, left=self.work.on_leave)
             self.work.progress_age_s = self.worker.progress_age_s
             working = asyncio.create_task(self.worker.run())
+            beating = asyncio.create_task(Pulse(lambda: self.work.stats).beat_for_ever())
             self.door.heed_signals()
             self.door.backend.loaded(served(self.settings, engine.tokenizer, engine.config.max_model_len), self.broker)
             print(f"{described(engine, self.settings)}\n{self.door.invitation()}", flush=True)
             await self.door.until_told(working, serving)
             self.broker.stop_accepting(STOPPING)
             ended_well = await wound_up(self.worker, working, self.settings.drain_s)
+            beating.cancel()
             await self.broker.end_all(SHUT_DOWN if ended_well else FAILED)
             return ended_well
 

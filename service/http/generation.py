@@ -26,6 +26,7 @@ from service.errors import MillraceError, Unavailable
 from service.http.intake import Intake, Served
 from service.logs import fields
 from service.metrics import HANDED_OVER, Book, Metrics
+from service.traces import Trace
 
 # A log can be replayed without waiting, and a server's send returns at once when the client is gone: without a breath
 # now and then the loop would never get to notice, nor anyone else to run. After every entry it would cost as much as
@@ -109,10 +110,12 @@ class Generation:
         metrics: Metrics,
         after: Sequence[int] = (),
         cancels: bool = False,
+        trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.intake = intake
         self.cancels = cancels
+        self._trace = trace
         self._broker, self._clock = broker, clock
         self._is_ours = False
         self.choices = [
@@ -236,19 +239,27 @@ class Generation:
         return self._broker.follow(choice.request.id, choice.request.tenant)
 
     def _log(self) -> None:
-        usage = self.usage()
-        outcomes = ",".join(choice.finish.reason if choice.finish else HANDED_OVER for choice in self.choices)
+        """One line, and the end of its trace."""
+        usage, request = self.usage(), self.intake.group[0]
+        outcomes = [str(choice.finish.reason) if choice.finish else HANDED_OVER for choice in self.choices]
         logger.info(
             "request ended" if self._is_ours else "reader of a request ended",
             extra=fields(
                 id=self.intake.id,
                 model=self.intake.model,
-                outcome=outcomes,
+                request_id=request.request_id or None,
+                trace_id=request.traceparent[3:35] or None,
+                tenant=request.tenant,
+                outcome=",".join(outcomes),
                 prompt_tokens=usage.prompt_tokens,
                 completion_tokens=usage.completion_tokens,
                 **self.timings(),
             ),
         )
+        if self._trace is not None:
+            first_s = _one(min, (choice.book.first_s for choice in self.choices))
+            told = {"gen_ai.usage.output_tokens": usage.completion_tokens}
+            self._trace.end(request, told, outcomes, first_s)
 
 
 def _one(pick: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
