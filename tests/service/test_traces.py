@@ -91,5 +91,7 @@ async def test_a_take_over_has_no_second_wait(traced: Traced) -> None:
 
 
 def test_off_it_imports_nothing() -> None:
-    program = "import sys, service.api, service.work; assert 'opentelemetry.sdk' not in sys.modules"
+    """That is ours: redis-py looks for OpenTelemetry's metrics by itself."""
+    wanted = "{'opentelemetry.exporter', 'opentelemetry.sdk.trace'}"
+    program = f"import sys, service.api, service.work; assert not {wanted} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -19,6 +19,7 @@ from tests.faults.load import Load, bodies
 from tests.faults.procs import ROOT, Cluster, wait
 from tests.faults.redis_server import RedisServer, free_port
 from tests.model.conftest import random_decoder, save_folder
+from tests.watch.collector import Collector
 from tests.watch.prometheus import DEPLOYED, Prometheus, needs_prometheus, promtool
 
 GRAFANA = ROOT / "deploy" / "grafana"
@@ -73,6 +74,7 @@ class Run:
     """One api and one worker that have had some load, and a Prometheus that reads both."""
 
     prometheus: Prometheus
+    collector: Collector
     expositions: dict[str, str]
 
 
@@ -96,15 +98,15 @@ def _read(port: int) -> str:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("watch")
     model = save_folder(random_decoder(STORYTELLER), folder / "storyteller")
-    with RedisServer(folder / "redis") as redis, Cluster(redis, model, folder) as cluster:
-        api, port = cluster.api(), free_port()
-        cluster.worker("--metrics-port", str(port))
+    with Collector() as collector, RedisServer(folder / "redis") as redis, Cluster(redis, model, folder) as cluster:
+        api, port = cluster.api("--otlp-endpoint", collector.url), free_port()
+        cluster.worker("--metrics-port", str(port), "--otlp-endpoint", collector.url)
         cluster.until_ready()
         with Prometheus(folder, {"api": [api.port], "worker": [port]}) as prometheus:
             wait(lambda: len(prometheus.ask("up == 1")) == 2, "both are read")
             asyncio.run(_load(api.port))
             wait(lambda: bool(prometheus.ask('millrace_queue_ended_total{outcome="cancelled"} > 0')), "all is told")
-            yield Run(prometheus, {"api": _read(api.port), "worker": _read(port)})
+            yield Run(prometheus, collector, {"api": _read(api.port), "worker": _read(port)})
 
 
 @needs_prometheus
@@ -130,6 +132,14 @@ class TestLive:
         fires = {sample["metric"]["alertname"] for sample in run.prometheus.ask('ALERTS{alertstate="firing"}')}
         assert fires == set()
         assert run.prometheus.ask("millrace:late_first_tokens:ratio5m") != []
+
+    def test_a_request_is_one_trace_over_both_processes(self, run: Run) -> None:
+        whole = {
+            ("millrace-api", "text_completion storyteller"),
+            ("millrace-worker", "queue"),
+            ("millrace-worker", "engine"),
+        }
+        wait(lambda: list(run.collector.traces().values()).count(whole) >= 6, "six whole traces")
 
     @pytest.mark.parametrize("who", ["api", "worker"])
     def test_promtool_finds_no_fault_with_names_and_helps(self, run: Run, who: str) -> None:
