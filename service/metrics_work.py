@@ -15,11 +15,12 @@ from model.request import FinishReason
 from service.broker.base import Verdict
 from service.metrics import Spread
 from service.traces import Traces
-from service.worker import RELEASED, Report, Stay
+from service.worker import ABANDONED, RELEASED, Report, Stay
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-FATES = (*(reason.value for reason in FinishReason), Verdict.EXPIRED.value, Verdict.FENCED.value, RELEASED)
-WASTED = (FinishReason.CANCELLED.value, FinishReason.ERROR.value, Verdict.EXPIRED.value, Verdict.FENCED.value)
+FATES = (*(reason.value for reason in FinishReason), Verdict.EXPIRED.value, Verdict.FENCED.value, RELEASED, ABANDONED)
+# Of a fence nothing committed is lost, nor of what was given back: others go on with those ids.
+WASTED = (FinishReason.CANCELLED.value, FinishReason.ERROR.value, Verdict.EXPIRED.value)
 
 # name, attribute of the engine's statistics, help
 COUNTERS = (

@@ -121,6 +121,6 @@ def _finish(span: Any, outcomes: Sequence[str]) -> None:
 
     if outcomes:
         span.set_attribute("gen_ai.response.finish_reasons", list(outcomes))
-    if "error" in outcomes:
+    if "error" in outcomes or "abandoned" in outcomes:
         span.set_status(StatusCode.ERROR)
     span.end()

@@ -22,11 +22,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from model.request import Delta, FinishReason, Request
+from model.request import Delta, Request
 from service.broker.base import Job, WorkerSide
 from service.errors import MillraceError
 
-RELEASED = "released"  # a fate beside the finish reasons and the verdicts: others go on with it
+RELEASED, ABANDONED = "released", "abandoned"  # fates beside finish reasons and verdicts: others may go on with it
 STOP_S = 5.0  # how long a drain waits for the thread to come back from its last step
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Report(Generic[Stats]):
 @dataclass(slots=True, eq=False)
 class Stay:
     """One request at this worker, from its claim on. Stamps are the worker's clock's; of tokens those drawn here count,
-    once they are committed. `fate` is how it left: a finish reason, a verdict, or `RELEASED`."""
+    once they are committed. `fate` is how it left: a finish reason, a verdict, or one of the two above."""
 
     job: Job
     number: int  # of its job
@@ -225,7 +225,7 @@ class Worker(Generic[Stats]):
     async def _fail(self, error: Exception) -> None:
         logger.error("the engine failed with %d requests in it", len(self._held), exc_info=error)
         await self._broker.abandon(list(self._held))
-        self._all_leave(FinishReason.ERROR)
+        self._all_leave(ABANDONED)
         raise EngineFailed("the engine failed") from error
 
     # --- the engine's thread -----------------------------------------------------------------------------------------

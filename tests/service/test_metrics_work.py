@@ -57,10 +57,16 @@ def test_who_leaves_tells_what_it_took_and_what_was_wasted() -> None:
     it.leave("cancelled", first_s=11.0, last_s=11.0, num_tokens=1)
     it.leave("expired", first_s=None)
     it.leave(RELEASED, first_s=11.0, last_s=12.0, num_tokens=9)  # others go on with those
+    it.leave("fenced", first_s=None)
     assert (it.value("prefill_seconds_count"), it.value("prefill_seconds_sum")) == (3, 2.5)
     assert it.value("decode_seconds_sum") == 3.0
     assert it.value("wasted_tokens_total", fate="cancelled") == 1
-    assert [it.value("requests_left_total", fate=fate) for fate in ("stop", "expired", "fenced")] == [1, 1, 0]
+    assert [it.value("requests_left_total", fate=fate) for fate in ("stop", "expired", "fenced", "error")] == [
+        1,
+        1,
+        1,
+        0,
+    ]
 
 
 def test_claims_progress_and_an_empty_cache_are_asked_at_the_scrape() -> None:
