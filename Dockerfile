@@ -39,6 +39,15 @@ COPY model model
 COPY service service
 RUN /opt/pip/bin/pip --python /opt/millrace/bin/python install --quiet --no-deps .
 
+# The native core, for each kind of processor it knows; the one that fits is picked when an engine starts.
+FROM base AS core
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++=4:12.* \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log
+WORKDIR /src
+COPY model model
+RUN python3 -m model.native.build
+
 FROM build-api AS build-worker
 ARG PIP_NO_INDEX
 ARG PIP_FIND_LINKS
@@ -47,6 +56,8 @@ COPY deploy/requirements/worker.txt ./
 RUN /opt/pip/bin/pip --python /opt/millrace/bin/python install --quiet --no-deps -c constraints.txt -r worker.txt \
     && /opt/pip/bin/pip --python /opt/millrace/bin/python install --quiet --no-deps -c constraints.txt \
         --extra-index-url "${TORCH_INDEX_URL}" torch
+COPY --from=core /src/model/native model/native
+RUN /opt/pip/bin/pip --python /opt/millrace/bin/python install --quiet --no-deps --force-reinstall .
 
 # What CUDA's torch needs beyond the CPU's is pinned by torch itself, to the version.
 FROM base-cuda AS build-worker-cuda

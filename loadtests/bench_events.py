@@ -35,8 +35,9 @@ from model.tokenizer import Tokenizer
 from service.broker.memory import MemoryBroker
 from service.door import Door, served
 from service.listen import bind
+from service.metrics_work import WorkMetrics
 from service.settings import BUNDLED, Settings
-from service.worker import Report, Worker
+from service.worker import Worker
 
 EVENT = (
     b'id: gen-0123456789abcdef0123456789abcdef:100\ndata: {"id":"gen-0123456789abcdef0123456789abcdef","model":'
@@ -104,6 +105,7 @@ class Stats:
 
     num_blocks: int = 1
     num_free_blocks: int = 1
+    num_running: int = 1
     preemptions_total: int = 0
     prompt_tokens_total: int = 0
     output_tokens_total: int = 0
@@ -172,11 +174,8 @@ async def serve(port: int) -> None:
     door = Door(settings, bind("127.0.0.1", port), lambda: None)
     door._server.config.app = Baselines(cast(ASGIApp, door._server.config.app))
     broker = MemoryBroker(settings.max_waiting, 10**9)
-
-    def observe(report: Report[Stats]) -> None:
-        door.metrics.on_step(report.stats, report.step_s)
-
-    worker = Worker(broker, InstantEngine(tokenizer.encode(TEXT, special=False)), observe)
+    work: WorkMetrics[Stats] = WorkMetrics(door.metrics.registry)
+    worker = Worker(broker, InstantEngine(tokenizer.encode(TEXT, special=False)), work.on_step, left=work.on_leave)
     async with door.open() as serving:
         working = asyncio.create_task(worker.run())
         door.heed_signals()

@@ -72,6 +72,9 @@ class Api:
             self._link, self._queue, settings.max_waiting, settings.max_waiting_tokens, settings.keep_s, weights
         )
         self._lookout = Lookout(Fingerprint("", None), settings.dtype, settings.quantize)
+        metrics = self._door.metrics
+        metrics.registry.register(self._link.metrics)
+        metrics.gauge("workers", "Workers of this model that are alive.", lambda: self._lookout.num_fitting)
         self._answered_s: float | None = None  # when a look was answered, for the last time
         self._fits = asyncio.Event()  # some worker, for the first time
 
@@ -167,6 +170,7 @@ class Api:
     async def _look_for_ever(self) -> None:
         while True:
             await self._look()
+            await self._link.look(LOOK_S)
             await asyncio.sleep(LOOK_S)
 
     async def _look(self) -> None:

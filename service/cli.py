@@ -118,6 +118,7 @@ def _process_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drain-s", type=float, metavar="S", help="on SIGTERM, seconds for running requests to end")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="a port of its own for /metrics")
     parser.add_argument("--metrics-host", metavar="HOST", help="where it listens; default: this machine only")
+    parser.add_argument("--otlp-endpoint", metavar="URL", help="where traces go, such as http://127.0.0.1:4318")
     parser.add_argument("--log-json", action="store_const", const=True, help="log lines as JSON")
 
 

@@ -29,6 +29,7 @@ from service.listen import Server
 from service.metrics import Metrics
 from service.scrape import scraped
 from service.settings import BUNDLED, Settings
+from service.traces import Traces
 
 LAST_BYTES_S = 5  # for connections to take what was written to them
 OTHER_FILES = 128  # that a process may have open beside its connections
@@ -109,7 +110,10 @@ class Door:
 
         self.stopping, self.hurried = asyncio.Event(), asyncio.Event()
         self.metrics = Metrics(version("millrace"))
+        self.metrics.draining.set_function(self.stopping.is_set)
         self.backend = Backend(unless_stopping(watch), unless_stopping(refuse or watch), facts)
+        if settings.otlp_endpoint is not None:
+            self.backend.traces = Traces(settings.otlp_endpoint, "millrace-api", version("millrace"))
         self.rules, self._listener = rules(settings), listener
         _make_room(settings.max_connections)
         self._host, self._port = listener.getsockname()[:2]
@@ -120,13 +124,15 @@ class Door:
     async def open(self) -> AsyncIterator[asyncio.Task[None]]:
         """Answer, with 503 until the backend is loaded. On the way out what was written still gets to its readers. The
         task ends earlier only if the server breaks."""
-        async with scraped(self._settings, lambda: exposition(self.backend, self.metrics)):
+        async with scraped(self._settings, lambda accept: exposition(self.backend, self.metrics, accept)):
             serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
             try:
                 yield serving
             finally:
                 self._server.should_exit = True
                 await serving
+                if self.backend.traces is not None:
+                    await asyncio.to_thread(self.backend.traces.close)
 
     def heed_signals(self) -> None:
         """All is loaded. From now on SIGTERM and SIGINT set `stopping`, and then `hurried`."""

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -19,15 +19,17 @@ MAX_CONNECTIONS, PATIENCE_S = 32, 1
 
 
 @asynccontextmanager
-async def scraped(settings: Settings, exposition: Callable[[], Awaitable[bytes]]) -> AsyncIterator[None]:
-    """Answer `GET /metrics`, if the settings have a port for it. Raises `StartupError`."""
+async def scraped(settings: Settings, exposition: Callable[[str], Awaitable[tuple[bytes, str]]]) -> AsyncIterator[None]:
+    """Answer `GET /metrics`, if the settings have a port for it: `exposition` makes text and media type of an Accept
+    header. Raises `StartupError`."""
     if settings.metrics_port is None:
         yield
         return
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/metrics" and scope["method"] in ("GET", "HEAD"):
-            response = Response(await exposition(), media_type=CONTENT_TYPE_LATEST)
+            told, media_type = await exposition(Headers(scope=scope).get("accept", ""))
+            response = Response(told, media_type=media_type)
         else:
             response = Response(status_code=404)
         await response(scope, receive, send)

@@ -17,9 +17,11 @@ from service.broker.memory import MemoryBroker
 from service.door import STOPPING, Door, served
 from service.listen import bind
 from service.logs import configure
+from service.metrics_work import WorkMetrics
+from service.pulse import Pulse
 from service.settings import Settings
 from service.work import described, load_engine, use_cores, wound_up
-from service.worker import Report, Worker
+from service.worker import Worker
 
 SHUT_DOWN = Finish(FinishReason.ERROR, error=STOPPING)
 FAILED = Finish(FinishReason.ERROR, error="the engine has failed")
@@ -45,19 +47,25 @@ class House:
         weights = None if keyring is None else keyring.weights
         self.broker = MemoryBroker(settings.max_waiting, settings.max_waiting_tokens, settings.keep_s, weights)
         self.worker: Worker[EngineStats] | None = None
+        metrics = self.door.metrics
+        self.work: WorkMetrics[EngineStats] = WorkMetrics(metrics.registry, traces=self.door.backend.traces)
+        metrics.gauge("workers", "Engines that are alive.", lambda: self.worker is not None and self.worker.alive)
 
     async def live(self) -> bool:
         """Start, serve, stop. False if the engine failed."""
         async with self.door.open() as serving:
             engine = await asyncio.to_thread(load_engine, self.settings)
-            self.worker = Worker(self.broker, engine, self._observe)
+            self.worker = Worker(self.broker, engine, self.work.on_step, left=self.work.on_leave)
+            self.work.progress_age_s = self.worker.progress_age_s
             working = asyncio.create_task(self.worker.run())
+            beating = asyncio.create_task(Pulse(lambda: self.work.stats).beat_for_ever())
             self.door.heed_signals()
             self.door.backend.loaded(served(self.settings, engine.tokenizer, engine.config.max_model_len), self.broker)
             print(f"{described(engine, self.settings)}\n{self.door.invitation()}", flush=True)
             await self.door.until_told(working, serving)
             self.broker.stop_accepting(STOPPING)
             ended_well = await wound_up(self.worker, working, self.settings.drain_s)
+            beating.cancel()
             await self.broker.end_all(SHUT_DOWN if ended_well else FAILED)
             return ended_well
 
@@ -67,6 +75,3 @@ class House:
         if not self.worker.alive:
             return "the engine has failed"
         return f"the engine has made no progress for {age_s:.0f} s" if age_s > self.settings.stuck_s else None
-
-    def _observe(self, report: Report[EngineStats]) -> None:
-        self.door.metrics.on_step(report.stats, report.step_s)

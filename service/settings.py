@@ -113,6 +113,9 @@ class Settings(BaseSettings):
     redis_ca_file: Path | None = Field(None, description="who certifies a Redis reached by rediss://, as PEM")
     lease_s: float = Field(3.0, ge=0.5, le=60, description="how long a silent worker keeps its requests")
     stuck_s: float = Field(30.0, ge=1, le=3600, description="an engine without a step for so long is given up")
+    otlp_endpoint: str | None = Field(
+        None, pattern=r"^https?://[^\s]+$", description="where to send traces, such as http://127.0.0.1:4318"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
     log_json: bool = Field(False, description="log one JSON object a line")
 

@@ -28,10 +28,13 @@ from service.broker.redis import PROTOCOL, Link, WorkerInfo
 from service.broker.redis_work import RedisWork
 from service.child import KEEPER_GONE
 from service.logs import configure, fields
-from service.metrics import Metrics
+from service.metrics import Base
+from service.metrics_work import WorkMetrics
+from service.pulse import Pulse
 from service.scrape import scraped
 from service.settings import BUNDLED, Settings, shown_url
-from service.worker import EngineFailed, Report, Worker
+from service.traces import Traces
+from service.worker import EngineFailed, Worker
 
 ALONE_S = 2.0  # after its keeper's death: to hand its requests back, and then it ends, whatever hangs
 LOOK_S = 1.0  # between two looks at the engine's progress
@@ -100,14 +103,20 @@ async def _live(settings: Settings, name: str, up: int) -> int:
         engine = await asyncio.to_thread(load_engine, settings)
         info = await asyncio.to_thread(_announcement, settings.model or BUNDLED, engine)
         queue = RedisWork(link, name, info, settings.lease_s)
-        metrics = Metrics(version("millrace"))
         stopping, alone = asyncio.Event(), asyncio.Event()
+        metrics = Base(version("millrace"))
+        metrics.registry.register(link.metrics)
+        metrics.draining.set_function(stopping.is_set)
+        endpoint = settings.otlp_endpoint
+        traces = None if endpoint is None else Traces(endpoint, "millrace-worker", version("millrace"))
+        work: WorkMetrics[EngineStats] = WorkMetrics(
+            metrics.registry, lambda: (queue.num_redelivered, queue.num_taken_over), traces
+        )
+        worker = Worker(queue, engine, work.on_step, left=work.on_leave)
+        work.progress_age_s = worker.progress_age_s
 
-        def observe(report: Report[EngineStats]) -> None:
-            metrics.on_step(report.stats, report.step_s)
-
-        async def exposition() -> bytes:
-            return metrics.exposition()
+        async def exposition(accept: str) -> tuple[bytes, str]:
+            return metrics.exposition(accept)
 
         def orphaned() -> None:
             alone.set()
@@ -119,13 +128,17 @@ async def _live(settings: Settings, name: str, up: int) -> int:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
         asyncio.get_running_loop().add_signal_handler(KEEPER_GONE, orphaned)
         await queue.open()
+        beating = asyncio.create_task(Pulse(lambda: work.stats).beat_for_ever())
         try:
             async with scraped(settings, exposition):
                 sys.stdout.write(f"{described(engine, settings)}\nworker  {name}   queue: {shown_url(url)}\n")
                 sys.stdout.flush()
                 os.write(up, b"1")
-                return await _compute(Worker(queue, engine, observe), link, settings, stopping, alone)
+                return await _compute(worker, link, settings, stopping, alone)
         finally:
+            beating.cancel()
+            if traces is not None:
+                await asyncio.to_thread(traces.close)
             await queue.close()
             logger.info("worker %s ended", name, extra=_account(engine.stats(), queue))
     finally:

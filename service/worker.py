@@ -26,6 +26,7 @@ from model.request import Delta, Request
 from service.broker.base import Job, WorkerSide
 from service.errors import MillraceError
 
+RELEASED, ABANDONED = "released", "abandoned"  # fates beside finish reasons and verdicts: others may go on with it
 STOP_S = 5.0  # how long a drain waits for the thread to come back from its last step
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,23 @@ class Report(Generic[Stats]):
     num_jobs: int  # given to the engine before this step
 
 
+@dataclass(slots=True, eq=False)
+class Stay:
+    """One request at this worker, from its claim on. Stamps are the worker's clock's; of tokens those drawn here count,
+    once they are committed. `fate` is how it left: a finish reason, a verdict, or one of the two above."""
+
+    job: Job
+    number: int  # of its job
+    claimed_s: float
+    first_s: float | None = None
+    last_s: float = 0.0
+    num_tokens: int = 0
+    fate: str = ""
+
+
 class Worker(Generic[Stats]):
-    """One engine at work. `observe` is called for every step and must be quick; `clock` is monotonic seconds."""
+    """One engine at work. `observe` is called for every step, `left` for every request that leaves; both on the event
+    loop, and must be quick. `clock` is monotonic seconds."""
 
     def __init__(
         self,
@@ -69,13 +85,15 @@ class Worker(Generic[Stats]):
         engine: EngineSide[Stats],
         observe: Callable[[Report[Stats]], None] = lambda report: None,
         clock: Callable[[], float] = time.monotonic,
+        left: Callable[[Stay], None] = lambda stay: None,
     ) -> None:
+        self._left = left
         self._broker, self._engine, self._observe, self._clock = broker, engine, observe, clock
         self._inbox: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
         self._reports: asyncio.Queue[Report[Stats] | Exception | None] = asyncio.Queue()
         self._committed: queue.SimpleQueue[None] = queue.SimpleQueue()  # leave to hand up a step
         self._committed.put(None)
-        self._held: dict[str, int] = {}  # the number of its job
+        self._held: dict[str, Stay] = {}
         self._room = engine.room()
         self._num_jobs = 0  # put into the inbox
         self._num_jobs_in = 0  # of those, known to be in the engine
@@ -113,6 +131,7 @@ class Worker(Generic[Stats]):
             if report is not None:
                 await self._fail(report)
             await self._broker.release(list(self._held))
+            self._all_leave(RELEASED)
         finally:
             self._claims.cancel()
             self._inbox.put(None)
@@ -157,7 +176,7 @@ class Worker(Generic[Stats]):
         if not self._held:
             self._progress_s = self._clock()
         self._num_jobs += 1
-        self._held[job.request.id] = self._num_jobs
+        self._held[job.request.id] = Stay(job, self._num_jobs, self._clock())
         self._inbox.put(job)
 
     async def _stop_claiming(self) -> None:
@@ -170,14 +189,20 @@ class Worker(Generic[Stats]):
         self._observe(report)
         step = self._current(report)
         verdicts = await self._broker.commit(step)
+        self._progress_s = now_s = self._clock()
         for delta in step:
+            stay = self._held[delta.id]
+            if delta.token_ids:
+                if stay.first_s is None:
+                    stay.first_s = now_s
+                stay.last_s = now_s
+                stay.num_tokens += len(delta.token_ids)
             if delta.finish is not None:
-                del self._held[delta.id]
-        for id in verdicts:
-            self._held.pop(id, None)
+                self._leave(delta.id, verdicts.get(delta.id, delta.finish.reason))
+        for id, verdict in verdicts.items():
+            self._leave(id, verdict)
             self._inbox.put(id)
         self._room, self._num_jobs_in = report.room, report.num_jobs
-        self._progress_s = self._clock()
         self._committed.put(None)
         self._reported.set()
         self._reported.clear()
@@ -185,12 +210,22 @@ class Worker(Generic[Stats]):
     def _current(self, report: Report[Stats]) -> list[Delta]:
         """The deltas of what is held, but for those from before it was claimed again."""
         held, num_jobs = self._held, report.num_jobs
-        return [delta for delta in report.deltas if delta.id in held and held[delta.id] <= num_jobs]
+        return [delta for delta in report.deltas if delta.id in held and held[delta.id].number <= num_jobs]
+
+    def _leave(self, id: str, fate: str) -> None:
+        stay = self._held.pop(id, None)
+        if stay is not None:
+            stay.fate = fate
+            self._left(stay)
+
+    def _all_leave(self, fate: str) -> None:
+        for id in list(self._held):
+            self._leave(id, fate)
 
     async def _fail(self, error: Exception) -> None:
         logger.error("the engine failed with %d requests in it", len(self._held), exc_info=error)
         await self._broker.abandon(list(self._held))
-        self._held.clear()
+        self._all_leave(ABANDONED)
         raise EngineFailed("the engine failed") from error
 
     # --- the engine's thread -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from tests.browser.driver import missing as browser_missing
 from tests.faults.redis_server import missing as redis_missing
+from tests.watch.prometheus import missing as prometheus_missing
 
 torch.set_num_threads(1)
 settings.register_profile("millrace", deadline=None)
@@ -21,6 +22,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was skipped, and what that leaves untested."""
     for name, why, untested in (
         ("REDIS", redis_missing(), "Nothing about take-over, resuming or Redis was tested."),
+        ("PROMETHEUS", prometheus_missing(), "Metrics, alerts and dashboards were not checked by promtool."),
         ("BROWSER", browser_missing(), "Nothing of the chat page was tried."),
     ):
         if why and os.environ.get(f"REQUIRE_{name}") != "1":

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 GRAMMAR = ("model.grammar", "model.grammar_check")
 HALL = ("model.request", "model.config", "model.chat_template", "model.tokenizer", "model.assemble", *GRAMMAR)
-COMMON = ("service.settings", "service.errors", "service.metrics", "service.logs", "model.request")
+COMMON = ("service.settings", "service.errors", "service.metrics", "service.logs", "service.traces", "model.request")
 ENGINE = (
     "model.cache",
     "model.nn",
@@ -47,6 +47,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.settings": ("model.request",),
     "service.errors": ("model.request",),
     "service.metrics": ("model.request", "service.settings", "service.errors"),
+    "service.metrics_work": (*COMMON, "service.broker.base", "service.worker"),
+    "service.traces": ("model.request", "service.errors"),
+    "service.pulse": ("service.logs", "service.metrics_work"),
     "service.keys": ("service.errors",),
     "service.logs": ("model.request", "service.settings", "service.errors"),
     "service.broker": COMMON,

@@ -97,6 +97,18 @@ class QueueLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class Books:
+    """The queue's account, all of one instant: accepted = the sum of ended over all reasons + waiting + running. Of a
+    queue that outlives its processes it says what became of everything, whoever died."""
+
+    num_waiting: int
+    num_running: int
+    oldest_wait_s: float
+    num_accepted: int
+    num_ended: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A claimed request and the output ids it already has (none unless another worker began it)."""
 
@@ -138,6 +150,10 @@ class RequestSide(Protocol):
         ...
 
     async def load(self) -> QueueLoad:
+        """Raises `Unavailable`."""
+        ...
+
+    async def books(self) -> Books:
         """Raises `Unavailable`."""
         ...
 

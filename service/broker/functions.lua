@@ -143,8 +143,8 @@ local function keep_for_a_while(h)
   if h.idem then call('PEXPIRE', h.idem, h.keep + SLACK_MS) end
 end
 
--- `raw` is the terminal entry; what it holds of ids is already counted in h.n.
-local function terminal(h, raw)
+-- `raw` is the terminal entry; what it holds of ids is already counted in h.n. `reason` is in it.
+local function terminal(h, raw, reason)
   if h.st == 'w' then
     dequeue(h)
   else
@@ -156,12 +156,13 @@ local function terminal(h, raw)
   set(h, 'st', 'e', 'n', h.n)
   call('ZREM', K .. 'orphan', h.id)
   call('HINCRBY', K .. 't:' .. h.tn, 'open', -1)
+  bump(h.q, 'end:' .. reason, 1)
   keep_for_a_while(h)
   frame(h.mb, h.id, raw, timings)
 end
 
 local function finish(h, reason, stop, err)
-  terminal(h, cmsgpack.pack({1, h.n, {}, {}, {reason, stop or false, err or false}}))
+  terminal(h, cmsgpack.pack({1, h.n, {}, {}, {reason, stop or false, err or false}}), reason)
 end
 
 -- why: 'c' cancelled, 't' out of time
@@ -231,6 +232,7 @@ local function admit(queue, tenant, class, weight, keep, mb, idem, r, num, raw)
   call('HSET', t, f, finish_tag)
   if (tonumber(call('HGET', q, 'm' .. class)) or 0) < finish_tag then call('HSET', q, 'm' .. class, finish_tag) end
   call('HINCRBY', t, 'open', 1)
+  bump(queue, 'in', 1)
   due(h, waiting_deadline(h))
   if h.orphan then call('ZADD', K .. 'orphan', NOW + h.orphan, h.id) end
   enqueue(h)
@@ -389,11 +391,19 @@ local function peek(keys, a) -- rid, tenant
   return reply
 end
 
-local function load(keys, a) -- queue
+local REASONS = {'stop', 'length', 'cancelled', 'timeout', 'error'} -- in the order of model/request.py
+
+local function load(keys, a) -- queue; with anything after it also the books: accepted, then ended for each reason
   begin(keys)
   local waiting, tokens, running, retry_s = state(a[1])
   local oldest = call('ZRANGE', K .. 'wait:' .. a[1], 0, 0, 'WITHSCORES')
-  return {waiting, tokens, running, retry_s, oldest[2] and NOW - oldest[2] or 0}
+  local reply = {waiting, tokens, running, retry_s, oldest[2] and NOW - oldest[2] or 0}
+  if not a[2] then return reply end
+  reply[6] = tonumber(call('HGET', K .. 'q:' .. a[1], 'in')) or 0
+  for i, reason in ipairs(REASONS) do
+    reply[6 + i] = tonumber(call('HGET', K .. 'q:' .. a[1], 'end:' .. reason)) or 0
+  end
+  return reply
 end
 
 local function workers(keys)
@@ -531,7 +541,7 @@ local function commit_one(rid, token, start, num, raw, final)
       h.ft = NOW - h.t0
       set(h, 'ft', h.ft)
     end
-    terminal(h, raw)
+    terminal(h, raw, cmsgpack.unpack(raw)[5][1])
   elseif num > 0 then
     local n = start + num
     call('XADD', K .. 'o:' .. rid, n .. '-1', 'e', raw)

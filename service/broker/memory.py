@@ -25,6 +25,7 @@ from service.broker.base import (
     OUT_OF_QUEUE_TIME,
     OUT_OF_TIME,
     Accepted,
+    Books,
     Entry,
     Glance,
     IdempotencyKey,
@@ -110,6 +111,7 @@ class MemoryBroker:
         self._queue = FairQueue(weights)
         self._num_waiting_tokens = 0
         self._num_running = 0
+        self._num_accepted, self._num_ended = 0, dict.fromkeys(map(str, FinishReason), 0)
         self._doomed: dict[str, Verdict] = {}
         self._arrived = asyncio.Event()
         self._refusal: str | None = None
@@ -188,6 +190,12 @@ class MemoryBroker:
             retry_after_s=self._pace.retry_after_s(len(self._queue)),
         )
 
+    async def books(self) -> Books:
+        """What came in, and what became of it."""
+        load = await self.load()
+        waiting, running, oldest_s = load.num_waiting, load.num_running, load.oldest_wait_s
+        return Books(waiting, running, oldest_s if waiting else 0.0, self._num_accepted, dict(self._num_ended))
+
     # --- the worker --------------------------------------------------------------------------------------------------
 
     async def claim(self, room: int) -> list[Job]:
@@ -264,6 +272,7 @@ class MemoryBroker:
         timers = Timers(self._call_later)
         record = _Record(group, request.id, payload, len(request.prompt_ids), request.orphan_s, ticket, timers)
         self._records[record.id] = record
+        self._num_accepted += 1
         group.records.append(record)
         group.num_open += 1
         self._num_waiting_tokens += record.num_prompt_tokens
@@ -311,6 +320,7 @@ class MemoryBroker:
             record.ttft_s = self._age_s(record)
         if delta.finish is not None:
             timings = Timings(record.queue_s, record.ttft_s, self._age_s(record))
+            self._num_ended[delta.finish.reason] += 1
             self._leave(record)
         record.log.append(Entry(delta.start, delta.token_ids, delta.logprobs, delta.finish, timings, delta.num_cached))
 

@@ -9,7 +9,7 @@ All keys begin with `millrace:{0}:`; the braces put them into one slot of a clus
 | `o:<rid>` | stream | the log: an entry's id is `<ids so far>-1`, the terminal one's `<ids>-2` | with `r:` |
 | `rdy:<queue>:a`, `:b` | sorted set | waiting, ahead and the others, by start tag of fair queueing | when empty |
 | `wait:<queue>` | sorted set | waiting, by time of submission | when empty |
-| `q:<queue>` | hash | tokens, running, last and interval (of ends), va and vb (virtual times) | after 8 days |
+| `q:<queue>` | hash | tokens, running, last and interval (of ends), va and vb (virtual times), books | after 8 days |
 | `t:<tenant>` | hash | open (not ended), and for each queue and class the finish tag | after 8 days |
 | `held:<worker>` | set | what it is computing | with the worker |
 | `w:<worker>` | hash | info, and the last claim and commit with their replies, for who asks again | with the worker |
@@ -18,6 +18,8 @@ All keys begin with `millrace:{0}:`; the braces put them into one slot of a clus
 | `orphan` | sorted set | requests that need a reader, by the time they would be cancelled | entries by `reap` |
 | `idem:<tenant>:<sha256>` | hash | id and body of an idempotency key | with its request |
 | `dead` | stream | the last 1,000 requests that were given up after crashes | never |
+
+Books are `in`, what was taken in, and `end:<reason>`, what has ended so.
 
 `r:` has st (w, r, e: waiting, running, ended), lk (this claim's random token), wk (its worker), n (ids in the log), cx
 (c or t: cancelled, out of time, while running), c and cn (what crashes in a row at one place count against it, and
@@ -50,6 +52,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from service.broker.codec import VERSION
+from service.broker.redis_metrics import LinkMetrics
 from service.errors import MillraceError, StartupError, Unavailable
 
 PREFIX = "millrace:{0}:"
@@ -101,6 +104,7 @@ class Link:
         self._tasks: list[asyncio.Task[None]] = []
         self._away_since_s: float | None = None
         self._where = _where(url)
+        self.metrics = LinkMetrics(self.away_s)
 
     async def open(self) -> None:
         """Connect. Raises `StartupError`, in one line that names the fix."""
@@ -126,6 +130,14 @@ class Link:
     def away_s(self) -> float:
         """Seconds for which Redis has not answered; 0 when it does."""
         return 0.0 if self._away_since_s is None else time.monotonic() - self._away_since_s
+
+    async def look(self, within_s: float) -> None:
+        """Ask Redis about itself, for `metrics`."""
+        try:
+            async with asyncio.timeout(within_s):
+                self.metrics.know(await self._client.info("memory", "clients", "stats"))
+        except (*LOST, exceptions.RedisError):
+            self.metrics.know({})
 
     async def call(self, name: str, *args: Any, within_s: float | None = None) -> Any:
         """Raises `Unavailable` if Redis has not answered in time, or has no memory for it; then it may still happen."""
@@ -163,16 +175,21 @@ class Link:
         pipeline = self._client.pipeline(transaction=False)
         for call in batch:
             pipeline.execute_command("FCALL", f"millrace{PROTOCOL}_{call.name}", 1, PREFIX + "clock", *call.args)
+        began_s = time.perf_counter()
         try:
             replies = await pipeline.execute(raise_on_error=False)
         except LOST as error:
+            self.metrics.failed(type(error).__name__)
             self._lost(error)
             return batch
         except Exception as error:  # of these calls: the others must not wait for ever on their account
+            self.metrics.failed(type(error).__name__)
             logger.error("calls of Redis broke: %s", [call.name for call in batch], exc_info=error)
             for call in batch:
                 self._settle(call, exceptions.RedisError(str(error)))
             return []
+        finally:
+            self.metrics.trip((call.name for call in batch), time.perf_counter() - began_s)
         again = [call for call, reply in zip(batch, replies, strict=True) if not self._settle(call, reply)]
         if not again:
             self._back()
@@ -186,6 +203,7 @@ class Link:
     def _settle(self, call: _Call, reply: Any) -> bool:
         """Give the caller its reply. False if there is none yet."""
         if isinstance(reply, exceptions.RedisError):
+            self.metrics.failed(type(reply).__name__)
             told = str(reply)
             if isinstance(reply, exceptions.ConnectionError) or told.startswith(NOT_NOW) or UNLOADED in told:
                 self._lost(reply)

@@ -21,7 +21,7 @@ from typing import Any
 import msgpack
 
 from model.request import Delta, Finish, FinishReason, Request
-from service.broker.base import Accepted, Entry, Glance, IdempotencyKey, QueueLoad, Timings
+from service.broker.base import Accepted, Books, Entry, Glance, IdempotencyKey, QueueLoad, Timings
 from service.broker.codec import decode_entry, decode_request, encode_entry, encode_request
 from service.broker.log import Log, since
 from service.broker.redis import AGAIN_S, Link, WorkerInfo
@@ -176,6 +176,15 @@ class RedisRequests:
         num_waiting, num_tokens, num_running, retry_after_s, oldest_ms = map(int, reply)
         full = num_waiting > 0 and (num_waiting >= self._max_waiting or num_tokens >= self._max_waiting_tokens)
         return QueueLoad(num_waiting, num_running, oldest_ms / 1000, full, retry_after_s)
+
+    async def books(self) -> Books:
+        """Raises `Unavailable`. Redis counts, in the same moves that take in and end."""
+        reply = await self._link.call("load", self._queue(), "books", within_s=ASK_S)
+        waiting, _, running, _, oldest_ms, *books = map(int, reply)
+        if not books:
+            raise Unavailable("the queue's functions are older than its books")
+        accepted, *ended = books
+        return Books(waiting, running, oldest_ms / 1000, accepted, dict(zip(FinishReason, ended, strict=True)))
 
     # --- calls -------------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,8 @@ class RedisWork:
         self._num_commits = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._returning: asyncio.Task[None] | None = None
-        self.num_taken_over = 0  # claimed with ids that another worker made
+        self.num_redelivered = 0  # claimed here, and before by somebody
+        self.num_taken_over = 0  # of those, with ids that another worker made
 
     async def open(self) -> None:
         """Announce this worker and keep it alive. The link is open."""
@@ -148,6 +149,7 @@ class RedisWork:
                 unreadable += [rid, token]
                 continue
             self._held[rid] = _Held(token, len(so_far))
+            self.num_redelivered += num_claims > 1
             self.num_taken_over += num_claims > 1 and bool(so_far)
         if unwanted:
             await self._link.call("release", *unwanted)

@@ -3,10 +3,11 @@
 It knows the order of these, and neither field names nor shapes: a route brings those along.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,8 +23,11 @@ from service.http.reply import Dialect
 from service.http.resume import admitted, check_id, idempotency_key, stored, wants_progress
 from service.http.sse import HEAD, EventStream
 from service.http.whole import submitted, whole
+from service.logs import fields
 from service.metrics import Metrics
+from service.traces import Trace
 
+logger = logging.getLogger(__name__)
 CLIENT = "millrace.client"  # in a scope: who asks, a `Client`
 
 Speak = Callable[[Intake, Served], Dialect]
@@ -60,7 +64,11 @@ class Answering:
         """Whole, as a stream, or at once if it is for later. Refusals are raised before any of it begins."""
         arrived_s, client = time.monotonic(), client_of(request)
         visit: Visit | None = request.scope.get(VISIT)
-        with self.refusals():
+        traces = self.backend.traces
+        trace = None if traces is None else traces.begin(request.scope["path"], client.traceparent)
+        if trace is not None:
+            client = replace(client, traceparent=trace.traceparent)
+        with self.refusals(client, trace):
             served, broker = self.backend.get()
             if visit is not None:
                 visit.enter()
@@ -76,7 +84,7 @@ class Answering:
             intake = await admitted(broker, taken, key, served)
         body = order.asked.body
         to_leave_is_to_cancel = not (body.resumable or body.background)
-        generation = Generation(intake, served, broker, self.metrics, cancels=to_leave_is_to_cancel)
+        generation = Generation(intake, served, broker, self.metrics, cancels=to_leave_is_to_cancel, trace=trace)
         if intake is taken:
             generation.begin(arrived_s)
         if visit is not None:
@@ -96,7 +104,7 @@ class Answering:
     ) -> Response:
         """A stored request again: the events after those that the client has, or for None all of it in one piece. To
         leave ends nothing."""
-        with self.refusals():
+        with self.refusals(client_of(request)):
             served, broker = self.backend.get()
             intake = await stored(broker, id, client_of(request).tenant, served)
             counts, with_progress = after(intake), wants_progress(request)
@@ -112,7 +120,7 @@ class Answering:
 
     async def glance(self, request: Request, id: str, tell: Tell) -> Response:
         """A stored request as it is now. Told also while this process serves others no more: it costs little."""
-        with self.refusals():
+        with self.refusals(client_of(request)):
             served, broker = self.backend.open()
             intake = await stored(broker, id, client_of(request).tenant, served)
             generation = Generation(intake, served, broker, self.metrics)
@@ -121,17 +129,21 @@ class Answering:
 
     async def cancel(self, request: Request, id: str) -> None:
         """Taken on while this process serves others no more, for it makes room."""
-        with self.refusals():
+        with self.refusals(client_of(request)):
             _, broker = self.backend.open()
             await cancel_group(broker, id, client_of(request).tenant)
 
     @contextmanager
-    def refusals(self) -> Iterator[None]:
-        """Counts what is refused."""
+    def refusals(self, client: Client, trace: Trace | None = None) -> Iterator[None]:
+        """Counts and logs what is refused, and ends its trace."""
         try:
             yield
         except MillraceError as error:
             self.metrics.refused(error.code)
+            told = fields(request_id=client.request_id, tenant=client.tenant, outcome="refused", code=error.code)
+            logger.info("request refused", extra=told)
+            if trace is not None:
+                trace.refuse(error.code)
             raise
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from service.broker.base import RequestSide
 from service.errors import Unavailable
 from service.http.intake import Served
+from service.traces import Traces
 
 LOADING = "loading"
 
@@ -26,6 +27,7 @@ class Backend:
         self.served: Served | None = None
         self.broker: RequestSide | None = None
         self._watch, self._refuse, self.facts = watch, refuse, facts
+        self.traces: Traces | None = None
 
     def loaded(self, served: Served, broker: RequestSide) -> None:
         """From now on requests are served, with this. May be called again; requests that run keep what they have."""

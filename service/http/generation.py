@@ -26,6 +26,7 @@ from service.errors import MillraceError, Unavailable
 from service.http.intake import Intake, Served
 from service.logs import fields
 from service.metrics import HANDED_OVER, Book, Metrics
+from service.traces import Trace
 
 # A log can be replayed without waiting, and a server's send returns at once when the client is gone: without a breath
 # now and then the loop would never get to notice, nor anyone else to run. After every entry it would cost as much as
@@ -94,7 +95,8 @@ class Choice:
             self.finish, self.timings, self.told_end = entry.finish, entry.timings, True
             self.num_cached = entry.num_cached
             self.held_back = self._opening + self._assembler.finish()
-            self.book.end(entry.finish.reason, now_s, entry.timings.queue_s if entry.timings else None)
+            queue_s = entry.timings.queue_s if entry.timings else None
+            self.book.end(entry.finish.reason, now_s, queue_s, entry.finish.stop_reason)
         return pieces
 
 
@@ -110,10 +112,12 @@ class Generation:
         metrics: Metrics,
         after: Sequence[int] = (),
         cancels: bool = False,
+        trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.intake = intake
         self.cancels = cancels
+        self._trace = trace
         self._broker, self._clock = broker, clock
         self._is_ours = False
         self.choices = [
@@ -125,7 +129,7 @@ class Generation:
         """The broker has just taken it from us; its body was in at `arrived_s` on the clock."""
         self._is_ours = True
         for choice in self.choices:
-            choice.book.begin(arrived_s)
+            choice.book.begin(arrived_s, choice.request)
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What comes, as it comes, until every choice has finished. Raises whatever the broker raises."""
@@ -240,19 +244,27 @@ class Generation:
         return self._broker.follow(choice.request.id, choice.request.tenant)
 
     def _log(self) -> None:
-        usage = self.usage()
-        outcomes = ",".join(choice.finish.reason if choice.finish else HANDED_OVER for choice in self.choices)
+        """One line, and the end of its trace."""
+        usage, request = self.usage(), self.intake.group[0]
+        outcomes = [str(choice.finish.reason) if choice.finish else HANDED_OVER for choice in self.choices]
         logger.info(
             "request ended" if self._is_ours else "reader of a request ended",
             extra=fields(
                 id=self.intake.id,
                 model=self.intake.model,
-                outcome=outcomes,
+                request_id=request.request_id or None,
+                trace_id=request.traceparent[3:35] or None,
+                tenant=request.tenant,
+                outcome=",".join(outcomes),
                 prompt_tokens=usage.prompt_tokens,
                 completion_tokens=usage.completion_tokens,
                 **self.timings(),
             ),
         )
+        if self._trace is not None:
+            first_s = _one(min, (choice.book.first_s for choice in self.choices))
+            told = {"gen_ai.usage.output_tokens": usage.completion_tokens}
+            self._trace.end(request, told, outcomes, first_s)
 
 
 def _one(pick: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:

@@ -4,10 +4,7 @@ A handler says what is asked and how it is answered; the order of things is in `
 naming a stored request in `resume.py`, what OpenAPI says of it all in `openapi.py`.
 """
 
-from contextlib import suppress
-
 from fastapi import APIRouter
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -67,18 +64,24 @@ class Routes:
             raise Unavailable(reason)
         return JSONResponse({"status": "ready", **self._backend.facts()})
 
-    async def metrics(self) -> Response:
-        """In the Prometheus text format."""
-        return Response(await exposition(self._backend, self._metrics), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(self, request: Request) -> Response:
+        """In the Prometheus text format, or as OpenMetrics for who accepts that."""
+        told, media_type = await exposition(self._backend, self._metrics, request.headers.get("accept", ""))
+        return Response(told, media_type=media_type)
 
 
-async def exposition(backend: Backend, metrics: Metrics) -> bytes:
-    """All metrics. The queue is asked now; everything else was counted when it happened."""
+async def exposition(backend: Backend, metrics: Metrics, accept: str = "") -> tuple[bytes, str]:
+    """All metrics and their media type. The queue is asked now; everything else was counted when it happened."""
+    metrics.ready.set(backend.ready() is None)
     if backend.broker is not None:
-        with suppress(Unavailable):  # what else there is must be seen then more than ever
-            load = await backend.broker.load()
-            metrics.on_load(load.num_waiting, load.num_running)
-    return metrics.exposition()
+        try:
+            books = await backend.broker.books()
+            metrics.line.see(
+                books.num_waiting, books.num_running, books.oldest_wait_s, books.num_accepted, books.num_ended
+            )
+        except Unavailable:  # what else there is must be seen then more than ever
+            metrics.line.lose()
+    return metrics.exposition(accept)
 
 
 def _order(data: object, served: Served) -> Order:

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from model.config import GenerationDefaults
 from model.request import Finish, FinishReason, Request
 from model.tokenizer import Tokenizer
-from service.broker.base import Accepted, Entry, Glance, IdempotencyKey, QueueLoad, Timings
+from service.broker.base import Accepted, Books, Entry, Glance, IdempotencyKey, QueueLoad, Timings
 from service.broker.log import Log
 from service.errors import IdempotencyConflict, RequestNotFound
 from service.http.app import create_app
@@ -119,6 +119,10 @@ class FakeBroker:
         if self.away is not None:
             raise self.away
         return QueueLoad(num_waiting=7, num_running=2, oldest_wait_s=1.0, full=self.full, retry_after_s=3)
+
+    async def books(self) -> Books:
+        await self.load()
+        return Books(7, 2, 1.0, 9, {})
 
 
 class Door:

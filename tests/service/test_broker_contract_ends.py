@@ -263,3 +263,21 @@ async def test_retry_after_follows_the_measured_throughput(make_broker: MakeBrok
         await rig.requests.submit([ask(f"b{i}")])
         told = (await rig.requests.load()).retry_after_s
         assert min(60, 4 * (i + 1)) <= told <= min(60, 5 * (i + 1))
+
+
+# --- the books -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_books_say_what_became_of_everything(make_broker: MakeBroker) -> None:
+    rig = await make_broker()
+    await running(rig, ask("a"), ask("b"), ask("c"))
+    await submit(rig, ask("d"), ask("e", queue_deadline_s=rig.now_s() + 5))
+    books = await rig.requests.books()
+    assert (books.num_accepted, books.num_running, books.num_waiting, sum(books.num_ended.values())) == (5, 3, 2, 0)
+    await rig.requests.cancel("a", "default")
+    await rig.worker.commit([Delta("b", 0, (1,), finish=STOP), Delta("a", 0, (1,))])
+    await rig.worker.release(["c"])
+    await rig.pass_time(10.0)
+    books = await rig.requests.books()
+    assert (books.num_accepted, books.num_running, books.num_waiting) == (5, 0, 2)
+    assert books.num_ended == {"stop": 1, "length": 0, "cancelled": 1, "timeout": 1, "error": 0}

@@ -314,8 +314,8 @@ async def test_a_broken_key_file_changes_nothing_and_is_told(tmp_path: Path, cap
 
 
 async def test_metrics_have_a_port_of_their_own(no_settings: None) -> None:
-    async def exposition() -> bytes:
-        return b"millrace 1\n"
+    async def exposition(accept: str) -> tuple[bytes, str]:
+        return b"millrace 1\n", "text/plain"
 
     with bind("127.0.0.1", 0) as probe:
         port = probe.getsockname()[1]

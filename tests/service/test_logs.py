@@ -46,5 +46,16 @@ async def test_a_request_leaves_one_line_without_its_text() -> None:
     await Door(say("a secret answer")).generate("a secret prompt", stream=True)
     (line,) = [json.loads(line) for line in stream.getvalue().splitlines() if "request ended" in line]
     assert (line["outcome"], line["prompt_tokens"], line["completion_tokens"]) == ("stop", 15, 15)
+    assert line["tenant"] == "default" and line["request_id"]
     assert line["total_s"] >= line["ttft_s"]
+    assert "secret" not in stream.getvalue()
+
+
+@pytest.mark.usefixtures("root_logger")
+async def test_a_refused_request_leaves_one_line_too() -> None:
+    stream = io.StringIO()
+    configure("info", as_json=True, stream=stream)
+    await Door(say("x")).generate("a secret prompt", max_tokens=-1)
+    (line,) = [json.loads(line) for line in stream.getvalue().splitlines() if "refused" in line]
+    assert (line["outcome"], line["code"], line["tenant"]) == ("refused", "invalid_request", "default")
     assert "secret" not in stream.getvalue()

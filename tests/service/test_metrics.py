@@ -1,25 +1,13 @@
 """The books, the histograms, and the names."""
 
 import re
-from dataclasses import dataclass
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.request import FinishReason
-from service.metrics import HANDED_OVER, OUTCOMES, Book, Metrics
-
-
-@dataclass(frozen=True)
-class Stats:
-    num_blocks: int = 10
-    num_free_blocks: int = 10
-    preemptions_total: int = 0
-    prompt_tokens_total: int = 0
-    output_tokens_total: int = 0
-    last_rows: int = 0
-    prefix_asked_total: int = 0
-    prefix_found_total: int = 0
+from model.request import FinishReason, Request
+from service.metrics import HANDED_OVER, MOST_TENANTS, OTHERS, OUTCOMES, SECONDS, Book, Metrics, Tenants
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -73,16 +61,55 @@ def test_what_was_handed_over_has_an_outcome_but_no_duration() -> None:
     assert (value(metrics, "requests_in_flight"), value(metrics, "request_seconds_count")) == (0, 0)
 
 
-def test_steps_add_what_the_engine_counted_since_the_last_one() -> None:
+def test_a_timeout_tells_which_limit_it_was() -> None:
     metrics = Metrics()
-    metrics.on_step(Stats(num_free_blocks=4, prompt_tokens_total=7, output_tokens_total=1, last_rows=8), 0.01)
-    metrics.on_step(Stats(num_free_blocks=5, prompt_tokens_total=7, output_tokens_total=3, preemptions_total=1), 0.01)
-    metrics.on_step(Stats(10, 5, 1, 7, 3, prefix_asked_total=9, prefix_found_total=4), 0.01)
-    assert (value(metrics, "prefix_asked_tokens_total"), value(metrics, "prefix_found_tokens_total")) == (9, 4)
-    assert (value(metrics, "prompt_tokens_total"), value(metrics, "generated_tokens_total")) == (7, 3)
-    assert (value(metrics, "preemptions_total"), value(metrics, "cache_use_ratio")) == (1, 0.5)
-    # The second computed nothing: it only told what had become free.
-    assert (value(metrics, "step_seconds_count"), value(metrics, "step_tokens_sum")) == (1, 8)
+    for limit in ("timeout_s", "queue_timeout_s", None):
+        book = Book(metrics)
+        book.begin(arrived_s=0)
+        book.end(FinishReason.TIMEOUT, now_s=1, limit=limit)
+    assert value(metrics, "requests_expired_total", limit="queue_timeout_s") == 1
+    assert value(metrics, "requests_ended_total", outcome="timeout") == 3
+
+
+def test_tenants_have_their_load_and_the_labels_are_bounded() -> None:
+    metrics = Metrics()
+    for i in range(MOST_TENANTS + 5):
+        book = Book(metrics)
+        book.begin(0, Request("a", (1, 2, 3), tenant=f"t{i}"))
+        book.tokens(4, 1)
+        book.end(FinishReason.STOP, 1, queue_s=0.5)
+    told = [value(metrics, f"tenant_{name}_total", tenant="t7") for name, _ in Tenants.NAMES]
+    assert (told, value(metrics, "tenant_requests_in_flight", tenant="t7")) == ([1, 3, 4, 0.5], 0)
+    assert value(metrics, "tenant_requests_accepted_total", tenant=OTHERS) == 5
+
+
+def test_a_trace_is_an_exemplar_for_who_reads_openmetrics() -> None:
+    metrics, trace = Metrics(), "0af7651916cd43dd8448eb211c80319c"
+    for traceparent in ("", f"00-{trace}-b7ad6b7169203331-01"):
+        book = Book(metrics)
+        book.begin(0, Request("a", (1,), traceparent=traceparent))
+        book.tokens(1, 0.5)
+    text, media_type = metrics.exposition("application/openmetrics-text; version=1.0.0,text/plain;q=0.1")
+    assert media_type.startswith("application/openmetrics-text") and text.endswith(b"# EOF\n")
+    assert f'le="0.5"}} 2.0 # {{trace_id="{trace}"}} 0.5' in text.decode()
+    assert b"trace_id" not in metrics.exposition("text/plain")[0]
+
+
+def test_the_queues_books_are_told_while_it_answers() -> None:
+    metrics = Metrics()
+    assert value(metrics, "requests_waiting") is None
+    metrics.line.see(waiting=2, running=1, oldest_wait_s=1.5, accepted=10, ended={"stop": 7})
+    assert value(metrics, "queue_accepted_total") == 10 == 7 + 2 + 1
+    assert [value(metrics, "queue_ended_total", outcome=each) for each in ("stop", "error")] == [7, 0]
+    assert value(metrics, "oldest_wait_seconds") == 1.5
+    metrics.line.lose()
+    assert value(metrics, "requests_waiting") is None
+
+
+def test_a_quantile_of_a_histogram_is_near_the_true_one() -> None:
+    """Buckets are a quarter apart at most, from 1 ms to 10 min."""
+    assert (SECONDS[0], SECONDS[-1]) == (0.001, 600)
+    assert all(1 < above / below <= 1.29 for below, above in pairwise(SECONDS))
 
 
 def test_two_registries_do_not_meet() -> None:
@@ -92,7 +119,7 @@ def test_two_registries_do_not_meet() -> None:
 
 
 def test_names_and_helps_are_as_prometheus_wants_them() -> None:
-    text = Metrics("1.2").exposition().decode()
+    text = Metrics("1.2").exposition()[0].decode()
     kinds = dict(re.findall(r"# TYPE (\S+) (\S+)", text))
     helps = dict(re.findall(r"# HELP (\S+) (.+)", text))
     assert 'millrace_build_info{version="1.2"} 1.0' in text

@@ -11,7 +11,7 @@ import pytest
 from model.request import Delta, Finish, FinishReason, Request
 from service.broker.base import Job, Verdict
 from service.broker.memory import FAILURE, MemoryBroker
-from service.worker import EngineFailed, Report, Worker
+from service.worker import EngineFailed, Report, Stay, Worker
 from tests.service.helpers_broker import FakeClock, ask, ask_group, ending, read, reason, token_ids
 
 SHUT_DOWN = Finish(FinishReason.ERROR, error="the server is shutting down")
@@ -328,4 +328,20 @@ async def test_ids_from_before_a_request_was_claimed_again_are_not_committed() -
     work = asyncio.create_task(Worker(broker, engine).run())
     await broker.ended.wait()
     assert [delta.start for delta in broker.committed] == list(range(6))
+    work.cancel()
+
+
+async def test_who_leaves_is_told_once_with_what_it_took() -> None:
+    broker, left = MemoryBroker(100, 10_000), asyncio.Queue[Stay]()
+    engine = CountingEngine(num_steps=3)
+    work = asyncio.create_task(Worker(broker, engine, left=left.put_nowait).run())
+    for request in (ask("a", max_tokens=3), ask("b", max_tokens=99)):
+        await broker.submit([request])
+    first = await left.get()
+    await broker.cancel("b", "default")
+    engine.gate.release(10)
+    second = await left.get()
+    assert (first.job.request.id, first.fate, first.num_tokens) == ("a", "length", 3)
+    assert first.first_s is not None and first.claimed_s <= first.first_s <= first.last_s
+    assert (second.job.request.id, second.fate, left.empty()) == ("b", "cancelled", True)
     work.cancel()
