@@ -69,6 +69,7 @@ class Scheduler:
         self._config = config
         # Each running sequence is worth at least one token in each step, so none has to take turns.
         self._num_seats = min(config.max_num_seqs, config.max_batch_tokens)
+        self._free_slots = list(range(self._num_seats))
         self._num_fit = config.num_blocks * config.block_size  # tokens that a sequence may have
         self._num_added = 0
         self._by_id: dict[str, Sequence] = {}
@@ -243,8 +244,9 @@ class Scheduler:
             # Alone it is let in without a spare block: it fits (see `_misfit`) and has nobody to wait for.
             if self._running and num_needed > self.pool.num_free:
                 return
-            # Ledger: waiting -> running. Blocks come chunk by chunk, but for those found.
+            # Ledger: waiting -> running, a free slot -> its own. Blocks come chunk by chunk, but for those found.
             self._waiting.pop()
+            head.slot = self._free_slots.pop()
             insort(self._running, head, key=attrgetter("rank"))
             self.prefixes.adopt(head, found)
             num_ahead += head.gap
@@ -260,6 +262,9 @@ class Scheduler:
         if at == len(self._running) or self._running[at] is not sequence:
             return False
         del self._running[at]
+        # Ledger: its slot -> free.
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
         return True
 
     def _preempt(self, victim: Sequence) -> None:

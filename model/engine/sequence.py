@@ -22,6 +22,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    slot: int = -1  # while it runs: a number that no other running sequence has
     num_pending: int = 0
     arrival: int = 0  # number of sequences added before this one
     matcher: Matcher | None = None  # of a request with a grammar: knows the output's ids

@@ -365,7 +365,11 @@ class AnyWorkload(RuleBasedStateMachine):
         assert pool.num_used == len(owners)
         assert all(len(set(found)) == 1 for found in owners.values())  # tenants never share
         assert all(len(each.blocks) == self.num_blocks(each.num_computed) for each in self.alive.values())
-        assert self.scheduler.num_running <= min(self.bench.config.max_num_seqs, self.bench.config.max_batch_tokens)
+        num_seats = min(self.bench.config.max_num_seqs, self.bench.config.max_batch_tokens)
+        slots = [each.slot for each in self.alive.values() if each.slot >= 0]
+        assert len(set(slots)) == len(slots) == self.scheduler.num_running <= num_seats
+        assert all(slot < num_seats for slot in slots)
+        assert all(each.slot >= 0 for each in self.alive.values() if each.blocks)
 
     def teardown(self) -> None:
         """Everybody ends: while the best rank waits, the best running one ends; then it runs, and ends itself."""
