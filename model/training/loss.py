@@ -20,25 +20,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
+        wanted, num = ctx.needs_input_grad[0], len(targets)
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         total = torch.zeros((), device=hidden.device)
-        for first in range(0, len(targets), CHUNK):
+        for first in range(0, num, CHUNK):
             h, at = hidden[first : first + CHUNK], targets[first : first + CHUNK, None]
-            logits = F.linear(h, weight).float()
-            log_z = logits.logsumexp(-1, keepdim=True)
-            total += (log_z - (1 - smoothing) * logits.gather(1, at)).sum()
+            chances = F.linear(h, weight).float().log_softmax(-1)
+            total -= (1 - smoothing) * chances.gather(1, at).sum()
             if smoothing:
-                total -= smoothing * logits.mean(1).sum()
+                total -= smoothing * chances.mean(1).sum()
             if wanted:
-                slope = logits.sub_(log_z).exp_().scatter_add_(1, at, logits.new_full(at.shape, smoothing - 1.0))
-                if smoothing:
-                    slope -= smoothing / len(weight)
-                slope = (slope / len(targets)).to(h.dtype)
+                slope = chances.exp_().scatter_add_(1, at, chances.new_full(at.shape, smoothing - 1.0)).to(h.dtype)
                 grad_hidden[first : first + CHUNK] = slope @ weight
                 grad_weight += slope.T @ h
+        # What is spread evenly over the vocabulary, and the mean, are left to the end: they would cost a pass over all
+        # logits each.
+        spread = smoothing / len(weight)
+        grad_hidden -= spread * weight.sum(0)
+        grad_weight -= spread * hidden.sum(0)
+        grad_hidden /= num
+        grad_weight /= num
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return total / len(targets)
+        return total / num
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

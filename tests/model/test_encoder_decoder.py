@@ -6,13 +6,17 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Library
+from tokenizers import models
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.engine.engine import Engine
 from model.families.registry import read_config
 from model.nn.decoder import Decoder
 from model.nn.encoder import DenseEncoding
 from model.nn.reading import DenseReading
+from model.request import Request, SamplingParams
 from model.weights import load_decoder
 from tests.model.conftest import random_decoder
 
@@ -133,3 +137,27 @@ def test_t5_is_that_of_transformers(t5: tuple[Path, nn.Module]) -> None:
     wanted = theirs(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor(target)).logits
     assert wanted.std() > 0.1
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_t5_generates_what_transformers_does(t5: tuple[Path, nn.Module]) -> None:
+    """The served way, from the folder, step by step and batched, beside a generation without a cache."""
+    folder, theirs = t5
+    save_tokenizer(folder)
+    engine = Engine.load(folder, max_model_len=160, max_num_seqs=4)
+    sources = [list(range(3, 90)), list(range(30, 35)), [*range(10, 90), *range(10, 70)]]
+    params = SamplingParams(temperature=0, max_tokens=30, stop_token_ids=(1,), eos_ids=(1,))
+    for i, source in enumerate(sources):
+        engine.add(Request(f"{i}", (0,), params, source_ids=tuple(source)))
+    out: dict[str, list[int]] = {f"{i}": [0] for i in range(len(sources))}
+    while engine.has_work():
+        for delta in engine.step():
+            out[delta.id] += delta.token_ids
+    for ids, source in zip(out.values(), sources, strict=True):
+        wanted = cast(Any, theirs).generate(torch.tensor([source]), max_new_tokens=30, do_sample=False, use_cache=False)
+        assert ids == wanted[0].tolist()
+
+
+def save_tokenizer(folder: Path) -> None:
+    """99 words, one for each id."""
+    words = Library(models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w2"))
+    words.save(str(folder / "tokenizer.json"))
