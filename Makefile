@@ -15,7 +15,7 @@ SIZES  ?= S M L
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu bench-growth replay-cache load clients bench-perplexity bench-same-text peers bench-peers fuzz clean
+.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu bench-growth replay-cache load clients bench-perplexity bench-same-text bleu peers bench-peers fuzz clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
@@ -31,6 +31,7 @@ help:
 	@echo "make replay-cache   a trace (TRACE=) through the prefix cache, beside a simulated LRU cache"
 	@echo "make bench-perplexity  perplexity and speed of number formats on a text (ARGS=\"--model DIR --data FILE\")"
 	@echo "make bench-same-text   how many of 1,000 requests get the same output alone and among others"
+	@echo "make bleu    how good a served encoder-decoder translates (ARGS=\"--url URL --source FILE --reference FILE\")"
 	@echo "make peers   what bench-peers measures against: llama-server, OpenVINO GenAI, random models (SIZES=\"S M L\")"
 	@echo "make bench-peers    served and bare, beside llama-server, OpenVINO GenAI and transformers: tokens/s and bars"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
@@ -88,6 +89,9 @@ bench-perplexity: $(VENV)/dev.stamp
 
 bench-same-text: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.same_text $(ARGS)
+
+bleu: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.bleu $(ARGS)
 
 # Some 12 GB in .peers; LLAMA_SERVER=/path takes a llama-server instead of building one.
 peers: $(VENV)/dev.stamp

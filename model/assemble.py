@@ -41,8 +41,15 @@ class Assembler:
         self._ended = False
         self._held = ""  # the longest end of the text so far that a stop string begins with
         self.stopped: str | None = None
-        self._detokenizer = tokenizer.detokenizer(() if request.text.echo else request.prompt_ids)
-        self.opening = "".join(map(self._detokenizer.push, request.prompt_ids)) if request.text.echo else ""
+        # An answer is a text of its own, so only a prompt that is gone on with leaves its end to it.
+        goes_on = not request.text.echo and not request.source_ids
+        self._detokenizer = tokenizer.detokenizer(request.prompt_ids if goes_on else ())
+        self.opening = self._echoed(tokenizer, request) if request.text.echo else ""
+
+    def _echoed(self, tokenizer: Tokenizer, request: Request) -> str:
+        if request.source_ids:
+            return tokenizer.decode(request.source_ids)
+        return "".join(map(self._detokenizer.push, request.prompt_ids))
 
     def push(self, token_id: int) -> str:
         """The text that can be shown with one more output id. Nothing more comes after a stop string or a stop id;

@@ -51,7 +51,7 @@ class ModelConfig:
     max_position: int
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_eps: float = 1e-5
-    position: Literal["learned", "sinusoidal", "rope"] = "rope"
+    position: Literal["learned", "sinusoidal", "rope", "relative"] = "rope"
     rope: Rope = Rope()
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "silu"
     gated_mlp: bool = True
@@ -64,6 +64,20 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     dtype: str = "float32"  # the checkpoint's own
+    encoder_layers: int = 0  # 0 = a decoder alone; else it also attends to what an encoder made of a source
+    start_id: int | None = None  # of encoder-decoders: the id before the first one of an answer
+    post_norm: bool = False  # norms come after the residual sums, and there is none at the end
+    scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size)
+    scaled_scores: bool = True  # attention's scores are divided by sqrt(head_dim)
+    scaled_head: bool = False  # what the head sees is divided by sqrt(hidden_size)
+    relative_buckets: int = 0  # of `position` relative: kinds of distances,
+    relative_distance: int = 0  # and the distance from which on all are of one kind
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether the keys and values of a prompt's beginning follow from its ids alone, so that requests can share
+        them. Behind a cross-attention they follow from the source too."""
+        return not self.encoder_layers
 
     def window(self, layer: int) -> int | None:
         """The attention window of a layer in tokens, None for full attention."""

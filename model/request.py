@@ -88,6 +88,12 @@ class Request:
     request_id: str = ""  # of the HTTP request that brought it, for the logs
     traceparent: str = ""  # W3C Trace Context; "" = none
     cache_salt: str = ""  # requests share what is computed only within a tenant and a salt
+    source_ids: tuple[int, ...] = ()  # of encoder-decoders: what is answered; `prompt_ids` are the answer's beginning
+
+    @property
+    def asked_ids(self) -> tuple[int, ...]:
+        """What the client sent: the text that is gone on with, or the source that is answered."""
+        return self.source_ids or self.prompt_ids
 
     @property
     def group(self) -> str:
@@ -139,6 +145,12 @@ class Usage:
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+
+def begun(ids: tuple[int, ...], start_id: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A request's `prompt_ids` and `source_ids`, so that `ids` are gone on with, or, by networks whose answers have a
+    starting id, answered."""
+    return (ids, ()) if start_id is None else ((start_id,), ids)
 
 
 def child_seed(seed: int, index: int) -> int:

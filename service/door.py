@@ -90,6 +90,7 @@ def served(settings: Settings, tokenizer: Tokenizer, max_model_len: int) -> Serv
         created=int(time.time()),
         orphan_s=settings.orphan_s,
         max_request_s=settings.max_request_s,
+        start_id=config.start_id,
     )
 
 

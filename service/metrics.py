@@ -253,7 +253,7 @@ class Book:
             self._metrics.queue.observe(queue_s)
         if self._request is not None:
             sums = self._metrics.tenants.of(self._request.tenant)
-            sums[1] += len(self._request.prompt_ids)
+            sums[1] += len(self._request.asked_ids)
             sums[2] += self._num_tokens
             sums[3] += queue_s or 0.0
             sums[-1] -= 1

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from model.assemble import Assembler
 from model.engine.engine import Engine
 from model.families.registry import read_config, read_generation_defaults
-from model.request import Request, SamplingParams
+from model.request import Request, SamplingParams, begun
 from model.tokenizer import Tokenizer
 from model.training.options import from_arguments
 from model.training.trainer import train as train_model
@@ -66,7 +66,8 @@ def _request(engine: Engine, folder: Path, args: argparse.Namespace) -> Request:
         eos_ids=eos_ids,
     )
     given = {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
-    return Request("generate", prompt_ids, replace(sampling, **given))
+    prompt_ids, source_ids = begun(prompt_ids, engine.start_id)
+    return Request("generate", prompt_ids, replace(sampling, **given), source_ids=source_ids)
 
 
 def chat(args: argparse.Namespace) -> None:

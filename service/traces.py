@@ -107,7 +107,7 @@ def asked(request: Request) -> dict[str, str | int | float]:
         "gen_ai.request.seed": sampling.seed,
         "gen_ai.response.id": request.group,
         "gen_ai.response.model": request.model,
-        "gen_ai.usage.input_tokens": len(request.prompt_ids),
+        "gen_ai.usage.input_tokens": len(request.asked_ids),
     }
 
 

@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.grammar_check": ("model.request", "model.grammar"),
     "model.fingerprint": (),
     "model.families": ("model.config",),
-    "model.nn": ("model.config", "model.cache.store"),
+    "model.nn": ("model.config", "model.cache.store", "model.cache.cross"),
     "model.native": ("model.config", "model.nn.decoder", "model.nn.quantized", "model.cache.store"),
     "model.cache": ("model.config",),
     "model.sampling": ("model.request",),

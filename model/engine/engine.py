@@ -71,7 +71,10 @@ class Engine:
     def __init__(
         self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig, runner: StepRunner | None = None
     ) -> None:
+        if not decoder.config.shares_prefixes:
+            config = replace(config, prefix_cache=False)
         self.tokenizer, self.config = tokenizer, config
+        self.start_id = decoder.config.start_id
         self.scheduler = Scheduler(config)
         self.runner = runner or make_runner(decoder, config)
         self._flying: _Step | None = None  # started, while the one before it is told
@@ -124,6 +127,9 @@ class Engine:
 
     def add(self, request: Request, so_far: Seq[int] = ()) -> None:
         """Take a request in; `so_far` are output ids that it already has, which are not told again."""
+        if (wrong := self._unreadable(request)) is not None:
+            self._ended.append(Delta(request.id, len(so_far), finish=Finish(FinishReason.ERROR, error=wrong)))
+            return
         if request.text.stop:
             assembler = Assembler(self.tokenizer, request)
             for token_id in so_far:
@@ -139,6 +145,13 @@ class Engine:
         else:
             self._unmatched[request.id] = sequence
             self._grammars.begin(request.id, request.grammar, request.sampling.stop_token_ids, so_far)
+
+    def _unreadable(self, request: Request) -> str | None:
+        """What is wrong with a request's source, None if it is one that this network can read."""
+        num, most = len(request.source_ids), self.config.max_model_len
+        if self.start_id is None:
+            return f"{num} source tokens, and this network reads none" if num else None
+        return None if 0 < num <= most else f"{num} source tokens, expected 1 to {most}"
 
     def cancel(self, id: str) -> None:
         """Forget a request, waiting or running; its blocks are free on return. An unknown id is no error."""
@@ -279,6 +292,7 @@ class Engine:
         self._last_rows = plan.num_tokens
         for chunk in plan.chunks:
             self._prompt_tokens += max(0, min(chunk.start + chunk.num_tokens, chunk.sequence.num_prompt) - chunk.start)
+            self._prompt_tokens += 0 if chunk.start else chunk.sequence.num_source
 
 
 def _progress(sequence: Sequence) -> Delta:

@@ -44,7 +44,9 @@ def make_runner(decoder: Decoder, config: EngineConfig, drop: bool = False) -> S
     if not config.device.startswith("cuda"):
         return (_make_native(decoder, config, drop) if config.native else None) or Runner(decoder, config)
     reason: str | None = "triton is not installed"
-    if HAS_KERNELS:
+    if decoder.config.encoder_layers:
+        reason = "they compute decoders without an encoder"
+    elif HAS_KERNELS:
         reason = disagreement(decoder.config, torch.device(config.device), as_dtype(config.dtype))
         if reason is None:
             runner = FastRunner(decoder, config, KernelOps)

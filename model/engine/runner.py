@@ -14,10 +14,12 @@ from model.cache.store import PagedStore
 from model.config import EngineConfig
 from model.engine.scheduler import Chunk, StepPlan
 from model.engine.sequence import Sequence
+from model.engine.sources import Sources
 from model.nn.attention import PagedAttention
 from model.nn.batch import TILE, AttentionGroup, ForwardBatch, pad_rows
 from model.nn.decoder import Decoder, as_dtype, product_shapes
 from model.nn.pieces import Pieces, agreeing_counts
+from model.nn.reading import PagedReading
 from model.nn.rows import attention_rows, linear_rows
 from model.request import TokenLogprob
 from model.sampling.sampler import Row, sample
@@ -54,6 +56,10 @@ class Runner:
                 each: agreeing_counts(each, dtype, most.get(each[0], config.max_batch_tokens)) for each in matrices
             }
 
+        self.sources: Sources | None = None
+        if decoder.encoder is not None:
+            self.sources = Sources(decoder, config, self.row_multiple, self.attention_rows, self.pieces)
+
     def can_run_ahead(self, plan: StepPlan) -> bool:
         """Never: a step is complete when `start` returns."""
         return False
@@ -66,7 +72,7 @@ class Runner:
     def start(self, plan: StepPlan) -> Computed:
         """Compute every chunk's keys and values, and draw one id for each chunk that draws."""
         batch = self.build(plan)
-        ops = PagedAttention(self.decoder.config, self.store, batch, self.pieces)
+        ops = self._ops(plan, batch)
         hidden = self.decoder(batch.token_ids, batch.positions, ops)
         done = Computed(failed=self._not_finite(plan, hidden))
         drawing = [chunk for chunk in plan.chunks if chunk.draws]
@@ -85,6 +91,13 @@ class Runner:
                 # this chunk's are finite, and may be others' as well.
                 self.store.clear(chunk.sequence.blocks[chunk.start // self.config.block_size :])
         return done
+
+    def _ops(self, plan: StepPlan, batch: ForwardBatch) -> PagedAttention:
+        """How the decoder's rows attend; sources that are new are read first."""
+        if self.sources is None:
+            return PagedAttention(self.decoder.config, self.store, batch, self.pieces)
+        self.sources.read(plan.chunks)
+        return PagedReading(self.decoder.config, self.store, self.sources.store, batch, self.pieces)
 
     def _not_finite(self, plan: StepPlan, hidden: Tensor) -> list[Sequence]:
         """Sequences with a row that is not finite. A bad key or value shows here too, since its row sees itself."""
@@ -137,6 +150,7 @@ class Runner:
             block_tables=self._tensor(tables),
             live=tuple(sum(n > tile for n in tiles) for tile in range(tiles[0])),
             min_position=min(chunk.start for chunk in chunks),
+            states=tuple(chunk.sequence.slot for chunk in chunks),
         )
 
     def _tensor(self, numbers: Seq[int] | Seq[Seq[int]]) -> Tensor:

@@ -134,33 +134,42 @@ class Scheduler:
         self._admit()
         line, num_set_aside = self._line()
         chunks: list[Chunk] = []
+        is_read = False  # something longer than a token is in the plan
         size, num_reading = self._config.block_size, len(line) - num_set_aside
         num_reading += min(len(self._waiting), self._num_seats - len(self._running))
         self._budget = num_left = self.pace.budget(num_set_aside, num_reading)
         while line:
-            sequence, gap = line.popleft()
-            num_set_aside -= gap == 1
+            sequence, cost = line.popleft()
+            num_set_aside -= cost == 1
             start = sequence.num_computed
-            if gap == 1 and start < len(sequence.blocks) * size and num_left > num_set_aside:
+            if cost == 1 and start < len(sequence.blocks) * size and num_left > num_set_aside:
                 chunks.append(Chunk(sequence, start, 1, True))  # the usual case, and so the short way
                 num_left -= 1
                 continue
+            gap = sequence.gap
             if gap > 1 and self.prefixes.is_coming(sequence):
                 continue
+            if (num_beside := cost - gap) and num_left - num_set_aside <= num_beside:
+                if is_read:
+                    continue
+                # It comes in one piece, however long: the first who reads makes the step longer, the others wait.
+                num_more = num_beside + 1 + num_set_aside - num_left
+                num_left, self._budget = num_left + num_more, self._budget + num_more
             while num_left > num_set_aside and self._room(sequence) == 0 and line:
-                victim, its_gap = line.pop()  # the worst rank; those in line have no chunk yet
-                num_set_aside -= its_gap == 1
+                victim, its_cost = line.pop()  # the worst rank; those in line have no chunk yet
+                num_set_aside -= its_cost == 1
                 self._preempt(victim)
-            num_tokens = min(gap, num_left - num_set_aside, self._room(sequence))
+            num_tokens = min(gap, num_left - num_set_aside - num_beside, self._room(sequence))
             if num_tokens == 0:
                 continue
+            is_read |= cost > 1
             end = start + num_tokens
             # Ledger: free blocks become the sequence's, just enough for the tokens of this chunk.
             sequence.blocks += self.pool.take(self._num_blocks(end) - len(sequence.blocks))
             if num_tokens > 1 and self._config.prefix_cache:
                 self.prefixes.promise(sequence, start, end)
             chunks.append(Chunk(sequence, start, num_tokens, draws=num_tokens == gap))
-            num_left -= num_tokens
+            num_left -= num_tokens + num_beside
         return StepPlan(tuple(chunks), self._budget - num_left)
 
     def advance(self, plan: StepPlan) -> None:
@@ -210,7 +219,7 @@ class Scheduler:
         return sequence.at_its_end or self._num_blocks(sequence.num_total) > self.pool.num_blocks
 
     def _line(self) -> tuple[deque[tuple[Sequence, int]], int]:
-        """Those who run and have something to compute, with their gaps, best rank first; and how many are one token
+        """Those who run and have something to compute, with what it costs, best rank first; and how many are one token
         behind. What others have computed for them meanwhile is theirs."""
         line = deque[tuple[Sequence, int]]()
         num_single, size = 0, self._config.block_size if self._config.prefix_cache else self._config.max_model_len
@@ -220,9 +229,9 @@ class Scheduler:
                 continue
             if gap > size:
                 self.prefixes.adopt(sequence, self.prefixes.matching(sequence))
-                gap = sequence.gap
-            num_single += gap == 1
-            line.append((sequence, gap))
+            cost = sequence.cost
+            num_single += cost == 1
+            line.append((sequence, cost))
         return line, num_single
 
     def _admit(self) -> None:
@@ -230,12 +239,12 @@ class Scheduler:
         for all that is known of everyone running, and one more for each: none is admitted only to be preempted."""
         if not self._waiting or len(self._running) >= self._num_seats:
             return
-        reading = deque(other for other in self._running if other.gap > 1)
+        reading = deque(other for other in self._running if other.cost > 1)
         num_ahead = len(self._running) - len(reading)
         num_owed = sum(self._num_owed(other) for other in self._running)
         while (head := self._waiting.head()) is not None and len(self._running) < self._num_seats:
             while reading and reading[0].rank < head.rank:
-                num_ahead += reading.popleft().gap
+                num_ahead += reading.popleft().cost
             if num_ahead >= self._budget:
                 return
             found = self.prefixes.matching(head) if self._config.prefix_cache else []
@@ -249,7 +258,7 @@ class Scheduler:
             head.slot = self._free_slots.pop()
             insort(self._running, head, key=attrgetter("rank"))
             self.prefixes.adopt(head, found)
-            num_ahead += head.gap
+            num_ahead += head.cost
             num_owed += self._num_owed(head)
 
     def _num_owed(self, sequence: Sequence) -> int:

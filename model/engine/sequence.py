@@ -32,9 +32,11 @@ class Sequence:
     # Of the request; not properties, since the scheduler asks for them many times in each step.
     id: str = field(init=False)
     num_prompt: int = field(init=False)
+    num_source: int = field(init=False)  # tokens that its first chunk costs beside its own, in each slot anew
 
     def __post_init__(self) -> None:
         self.id, self.num_prompt = self.request.id, len(self.request.prompt_ids)
+        self.num_source = len(self.request.source_ids)
 
     @property
     def num_total(self) -> int:
@@ -45,6 +47,11 @@ class Sequence:
     def gap(self) -> int:
         """Tokens known but not computed. Computing the last of them gives the next one."""
         return self.num_prompt + len(self.output_ids) + self.num_pending - self.num_computed
+
+    @property
+    def cost(self) -> int:
+        """Tokens that closing the gap takes of a step's budget."""
+        return self.gap if self.num_computed else self.gap + self.num_source
 
     @property
     def rank(self) -> tuple[int, int]:

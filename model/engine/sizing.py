@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from model.cache.cross import bytes_per_slot
 from model.cache.store import bytes_per_block
 from model.config import EngineConfig, EngineConfigError, ModelConfig
 from model.nn.batch import TILE
@@ -79,7 +80,7 @@ def size_engine(
 
 def peak_bytes(config: ModelConfig, engine: EngineConfig) -> int:
     """Bytes that one full step needs beside weights and cache: the widest layer's rows, attention over one tile for
-    every row, and the logits of every seat in float32 (with the copies that sampling makes)."""
+    every row, the logits of every seat in float32 (with the copies that sampling makes), and what lives in slots."""
     item, rows = as_dtype(engine.dtype).itemsize, engine.max_batch_tokens
     wide = config.intermediate_size * (3 if config.gated_mlp else 2)
     heads = config.num_heads * config.head_dim
@@ -87,9 +88,10 @@ def peak_bytes(config: ModelConfig, engine: EngineConfig) -> int:
     attention = rows * config.num_heads * 4 * (3 * TILE + 3 * config.head_dim)
     gathered = 2 * engine.max_num_seqs * TILE * config.num_kv_heads * config.head_dim * item
     logits = engine.max_num_seqs * config.vocab_size * 4 * 5
+    slots = engine.max_num_seqs * bytes_per_slot(config, engine.max_model_len, as_dtype(engine.dtype))
     # A GPU's kernels split each sequence's keys into at most 32 spans and keep a result of each for every head.
     spans = engine.max_num_seqs * config.num_heads * 32 * (config.head_dim + 2) * 4 if engine.device == "cuda" else 0
-    return layer + attention + gathered + logits + spans
+    return layer + attention + gathered + logits + spans + slots
 
 
 def _free_bytes(config: ModelConfig, engine: EngineConfig) -> int:

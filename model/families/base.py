@@ -60,6 +60,8 @@ class Family:
     switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # true-or-false key -> fields it sets
     only: Mapping[str, object] = field(default_factory=dict)  # keys of which one value is supported
     sliding: Literal["never", "all", "some"] = "never"  # which layers may have a window
+    activations: Mapping[str, Any] = field(default_factory=lambda: ACTIVATIONS)
+    plain: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # `names` where the MLP is not gated
     transposed: frozenset[str] = frozenset()  # our modules whose weights the checkpoint stores [in, out]
 
     def read_config(self, raw: Mapping[str, object], source: str = "config.json") -> ModelConfig:
@@ -72,18 +74,19 @@ class Family:
         for key, targets in self.switches.items():
             values.update(dict.fromkeys(targets, found.flag(key)))
         values |= self._sizes(found)
-        if values.get("position") != "learned":
+        if values.get("position", "rope") == "rope":
             values["rope"] = _read_rope(found, values["max_position"])
             if values["head_dim"] % 2:
                 found.fail("head_dim", "an even number, which rotary positions need")
         return ModelConfig(
             family=self.name,
             norm_eps=found.number(self.keys["norm_eps"]),
-            activation=found.word(self.keys["activation"], ACTIVATIONS),
+            activation=found.word(self.keys["activation"], self.activations),
             tied_head=found.flag("tie_word_embeddings"),
             windows=_read_windows(found, self.sliding, values["num_layers"]),
             bos_id=next(iter(found.ids("bos_token_id", values["vocab_size"])), None),
             eos_ids=found.ids("eos_token_id", values["vocab_size"]),
+            start_id=self._start(found, values["vocab_size"]),
             dtype=next((found.word(key, DTYPES) for key in ("dtype", "torch_dtype") if found.has(key)), "float32"),
             **values,
         )
@@ -93,9 +96,11 @@ class Family:
         raw: dict[str, object] = {"model_type": self.name, "architectures": [self.architecture]}
         raw |= {key: getattr(config, name) for name, key in self.keys.items()}
         raw |= {key: getattr(config, targets[0]) for key, targets in self.switches.items()}
-        raw[self.keys["activation"]] = next(k for k, v in ACTIVATIONS.items() if v == config.activation)
+        raw[self.keys["activation"]] = next(k for k, v in self.activations.items() if v == config.activation)
         raw |= {"tie_word_embeddings": config.tied_head, "dtype": config.dtype, "bos_token_id": config.bos_id}
         raw["eos_token_id"] = list(config.eos_ids) or None
+        if config.encoder_layers:
+            raw |= {"is_encoder_decoder": True, "decoder_start_token_id": config.start_id}
         if config.position == "rope":
             raw["rope_parameters"] = _write_rope(config.rope)
         raw |= _write_windows(config, self.sliding)
@@ -118,6 +123,8 @@ class Family:
 
         hidden, heads = size("hidden_size"), size("num_heads")
         sizes = {name: size(name) for name in ("vocab_size", "num_layers", "max_position")}
+        extras = ("encoder_layers", "relative_buckets", "relative_distance")
+        sizes |= {name: size(name) for name in extras if name in keys}
         # A plain MLP is four times as wide as the network unless said; a gated one has no such custom.
         inner = None if self.traits.get("gated_mlp", True) else 4 * hidden
         sizes["intermediate_size"] = size("intermediate_size", inner)
@@ -132,11 +139,21 @@ class Family:
             sizes["head_dim"] = hidden // heads
         return {**sizes, "hidden_size": hidden, "num_heads": heads}
 
+    def _start(self, found: Fields, vocab_size: int) -> int | None:
+        """The id that a decoder beside an encoder begins with; a decoder alone begins with its prompt."""
+        if "encoder_layers" not in self.keys:
+            return None
+        ids = found.ids("decoder_start_token_id", vocab_size)
+        if len(ids) != 1:
+            found.fail("decoder_start_token_id", f"one token id below {vocab_size}")
+        return ids[0]
+
     def _rules(self, config: ModelConfig) -> Iterator[Rule]:
+        names = self.names if config.gated_mlp else {**self.names, **self.plain}
         for ours, sizes, width, bias in _modules(config):
-            layer = ours.split(".")[1] if ours.startswith("layers.") else ""
+            layer = next((part for part in ours.split(".") if part.isdecimal()), "")
             pattern = ours.replace(f".{layer}.", ".*.", 1) if layer else ours
-            theirs = tuple(name.replace("*", layer) for name in self.names[pattern])
+            theirs = tuple(name.replace("*", layer) for name in names[pattern])
             sizes = sizes if len(theirs) == len(sizes) else (sum(sizes),)
             transpose = pattern in self.transposed
             yield Rule(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), sizes, transpose, width)
@@ -145,25 +162,40 @@ class Family:
 
 
 def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int | None, bool]]:
-    """The decoder's modules with parameters: name, rows of the parts it is made of, their width, is there a bias."""
-    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.norm == "layernorm"
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    """The network's modules with parameters: name, rows of the parts it is made of, their width, is there a bias."""
+    hidden, bias = config.hidden_size, config.norm == "layernorm"
     yield "embed", (config.vocab_size,), hidden, False
     if config.position == "learned":
         yield "positions", (config.max_position,), hidden, False
-    for i in range(config.num_layers):
-        yield f"layers.{i}.attn_norm", (hidden,), None, bias
-        yield f"layers.{i}.attn.qkv", (heads, kv, kv), hidden, config.qkv_bias
-        if config.qk_norm:
-            yield f"layers.{i}.attn.q_norm", (config.head_dim,), None, False
-            yield f"layers.{i}.attn.k_norm", (config.head_dim,), None, False
-        yield f"layers.{i}.attn.out", (hidden,), heads, config.out_bias
-        yield f"layers.{i}.mlp_norm", (hidden,), None, bias
-        yield f"layers.{i}.mlp.up", (inner,) * (2 if config.gated_mlp else 1), hidden, config.mlp_bias
-        yield f"layers.{i}.mlp.down", (hidden,), inner, config.mlp_bias
-    yield "norm", (hidden,), None, bias
+    for side, num_layers in (("encoder.", config.encoder_layers), ("", config.num_layers)):
+        if num_layers and config.position == "relative":
+            yield f"{side}relative", (config.relative_buckets,), config.num_heads, False
+        for i in range(num_layers):
+            yield from _layer(config, f"{side}layers.{i}", reads=bool(config.encoder_layers) and not side)
+        if num_layers and not config.post_norm:
+            yield f"{side}norm", (hidden,), None, bias
     if not config.tied_head:
         yield "head", (config.vocab_size,), hidden, False
+
+
+def _layer(config: ModelConfig, name: str, reads: bool) -> Iterator[tuple[str, tuple[int, ...], int | None, bool]]:
+    """The modules of one layer; `reads`: it attends to what an encoder made."""
+    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.norm == "layernorm"
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield f"{name}.attn_norm", (hidden,), None, bias
+    yield f"{name}.attn.qkv", (heads, kv, kv), hidden, config.qkv_bias
+    if config.qk_norm:
+        yield f"{name}.attn.q_norm", (config.head_dim,), None, False
+        yield f"{name}.attn.k_norm", (config.head_dim,), None, False
+    yield f"{name}.attn.out", (hidden,), heads, config.out_bias
+    if reads:
+        yield f"{name}.cross_norm", (hidden,), None, bias
+        yield f"{name}.cross.q", (heads,), hidden, config.qkv_bias
+        yield f"{name}.cross.kv", (kv, kv), hidden, config.qkv_bias
+        yield f"{name}.cross.out", (hidden,), heads, config.out_bias
+    yield f"{name}.mlp_norm", (hidden,), None, bias
+    yield f"{name}.mlp.up", (inner,) * (2 if config.gated_mlp else 1), hidden, config.mlp_bias
+    yield f"{name}.mlp.down", (hidden,), inner, config.mlp_bias
 
 
 def _read_rope(found: Fields, max_position: int) -> Rope:

@@ -29,6 +29,8 @@ def why_not(config: ModelConfig, dtype: torch.dtype, block_size: int) -> str | N
         return f"it computes in float32 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
     if block_size % 16:
         return f"its blocks have a multiple of 16 tokens, not {block_size}"
+    if config.encoder_layers:
+        return "it computes decoders without an encoder"
     return "rotary positions need heads of even size" if config.position == "rope" and config.head_dim % 2 else None
 
 

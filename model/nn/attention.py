@@ -16,8 +16,10 @@ from model.cache.store import PagedStore
 from model.config import ModelConfig
 from model.nn.batch import TILE, AttentionGroup, ForwardBatch
 from model.nn.norm import RMSNorm
-from model.nn.ops import Angles, Heads, Ops, Weight
+from model.nn.ops import Heads, Ops, Places, Weight
 from model.nn.pieces import Pieces, by_pieces
+from model.nn.relative import lookup
+from model.nn.tiles import Reduction, scale_of
 
 
 class Attention(nn.Module):
@@ -33,10 +35,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, angles: Angles | None, ops: Ops) -> Tensor:
+    def forward(self, x: Tensor, places: Places, ops: Ops) -> Tensor:
         n = x.shape[0]
+        angles, relative = (None, places) if isinstance(places, Tensor) else (places, None)
         qkv = ops.linear(x, self.qkv.weight, self.qkv.bias).view(n, -1, self.head_dim)
-        mixed = ops.attend(self.layer, Heads(qkv, self.heads, self.kv_heads, self.q_norm, self.k_norm, angles))
+        heads = Heads(qkv, self.heads, self.kv_heads, self.q_norm, self.k_norm, angles, relative)
+        mixed = ops.attend(self.layer, heads)
         return ops.linear(mixed.reshape(n, -1), self.out.weight, self.out.bias)
 
 
@@ -48,22 +52,27 @@ class DenseAttention(Ops):
 
     def attend(self, layer: int, heads: Heads) -> Tensor:
         q, k, v = (x.view(self.b, self.t, -1, self.config.head_dim).transpose(1, 2) for x in heads.finish())
-        window, mask = self.config.window(layer), None
+        window = self.config.window(layer)
+        mask: Tensor | None = None
         if window is not None and window < self.t:
             ages = torch.arange(self.t, device=q.device)[:, None] - torch.arange(self.t, device=q.device)
             mask = (ages >= 0) & (ages < window)
+        if heads.relative is not None:
+            ages = torch.arange(self.t, device=q.device)[:, None] - torch.arange(self.t, device=q.device)
+            mask = lookup(heads.relative, -ages).to(q.dtype).masked_fill(ages < 0, -torch.inf)
         mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout, is_causal=mask is None, enable_gqa=True
-        )
+            q, k, v, attn_mask=mask, dropout_p=self.dropout, is_causal=mask is None, scale=scale_of(self.config),
+            enable_gqa=True,
+        )  # fmt: skip
         return mixed.transpose(1, 2).reshape(self.b * self.t, -1, self.config.head_dim)
 
 
 class PagedAttention(Ops):
     """Causal attention over the paged cache. New keys and values are written first, so a row sees itself.
 
-    Each sequence's keys are reduced tile by tile, in order, with a running maximum and sum (the online softmax of
-    arXiv 1805.02867). A tile that is masked for a row changes nothing, to the bit, so neither the length of batch
-    mates nor the size of a prefill chunk can show in a result. Linear layers are computed in `pieces`.
+    Each sequence's keys are reduced tile by tile, in order (`tiles.py`). A tile that is masked for a row changes
+    nothing, to the bit, so neither the length of batch mates nor the size of a prefill chunk can show in a result.
+    Linear layers are computed in `pieces`.
     """
 
     def __init__(
@@ -82,39 +91,41 @@ class PagedAttention(Ops):
         self.store.write(layer, self.batch.slots, k[:n], v[:n])
         mixed = torch.zeros_like(q)
         for group in self.batch.groups:
-            mixed[group.rows] = self._attend(layer, q[group.rows], group)
+            mixed[group.rows] = self._attend(layer, q[group.rows], group, heads.relative)
         return mixed
 
-    def _attend(self, layer: int, q: Tensor, group: AttentionGroup) -> Tensor:
-        """Output [b, t, heads, d] of one group's queries q [b, t, heads, d]."""
-        (b, t, _, d), kv_heads = q.shape, self.config.num_kv_heads
-        window = self.config.window(layer)
-        shared = self.config.num_heads // kv_heads  # query heads that read one kv head: they become rows
-        num = t * shared
-        rows = num + -num % self.batch.attention_rows
-        q = (q * d**-0.5).view(b, t, kv_heads, shared, d).permute(2, 0, 1, 3, 4).reshape(kv_heads, b, num, d)
-        q = F.pad(q, (0, 0, 0, rows - num))
+    def _attend(self, layer: int, q: Tensor, group: AttentionGroup, table: Tensor | None) -> Tensor:
+        """Output [b, t, heads, d] of one group's queries q [b, t, heads, d]. With a `table` of relative positions every
+        head has keys of its own."""
+        (_, t, _, _), window = q.shape, self.config.window(layer)
+        q = self.as_rows(q)
+        shared, rows = self.config.num_heads // self.config.num_kv_heads, q.shape[2]
         at = self.batch.positions[group.rows].repeat_interleave(shared, dim=1)
-        at = F.pad(at, (0, rows - num))[:, :, None]  # [b, rows, 1]
-
-        top = q.new_full((kv_heads, b, rows, 1), -1e30, dtype=torch.float32)
-        total, acc = torch.zeros_like(top), torch.zeros_like(q, dtype=torch.float32)
+        at = F.pad(at, (0, rows - t * shared))[:, :, None]  # [b, rows, 1]
+        reduction = Reduction(q)
         for tile, live in enumerate(group.live):
             if window is not None and (tile + 1) * TILE <= group.min_position - window + 1:
                 continue  # behind every row's window
             keys, values = self._gather(layer, group, tile, live)
-            scores = torch.bmm(q[:, :live].reshape(-1, rows, d), keys.transpose(1, 2)).float()
-            scores = scores.view(kv_heads, live, rows, TILE)
-            scores.masked_fill_(~self._visible(tile, at[:live], window), -torch.inf)
-            peak = torch.maximum(top[:, :live], scores.amax(-1, keepdim=True))
-            shrink = torch.exp(top[:, :live] - peak)
-            weights = torch.exp(scores - peak)
-            part = torch.bmm(weights.view(-1, rows, TILE).to(values.dtype), values).view(kv_heads, live, rows, d)
-            total[:, :live] = total[:, :live] * shrink + weights.sum(-1, keepdim=True)
-            acc[:, :live] = acc[:, :live] * shrink + part
-            top[:, :live] = peak
-        mixed = (acc / total)[:, :, :num].view(kv_heads, b, t, shared, d)
-        return mixed.permute(1, 2, 0, 3, 4).reshape(b, t, -1, d).to(q.dtype)
+            ages = at[:live] - torch.arange(tile * TILE, (tile + 1) * TILE, device=at.device)
+            visible = (ages >= 0) if window is None else (ages >= 0) & (ages < window)
+            reduction.add(keys, values, visible, None if table is None else lookup(table, -ages))
+        return self.as_heads(reduction.mixed(), t).to(q.dtype)
+
+    def as_rows(self, q: Tensor) -> Tensor:
+        """Queries [b, t, heads, d] scaled, as [kv_heads, b, rows, d]: the heads that read one kv head become rows, and
+        there is a multiple of `attention_rows` of them."""
+        (b, t, _, d), kv_heads = q.shape, self.config.num_kv_heads
+        num = t * (self.config.num_heads // kv_heads)
+        q = (q * scale_of(self.config)).view(b, t, kv_heads, -1, d).permute(2, 0, 1, 3, 4).reshape(kv_heads, b, num, d)
+        return F.pad(q, (0, 0, 0, -num % self.batch.attention_rows))
+
+    def as_heads(self, mixed: Tensor, t: int) -> Tensor:
+        """The way back: [kv_heads, b, rows, d] -> [b, t, heads, d]."""
+        kv_heads, b, _, d = mixed.shape
+        shared = self.config.num_heads // kv_heads
+        mixed = mixed[:, :, : t * shared].view(kv_heads, b, t, shared, d)
+        return mixed.permute(1, 2, 0, 3, 4).reshape(b, t, -1, d)
 
     def _gather(self, layer: int, group: AttentionGroup, tile: int, live: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one tile, [kv_heads * live, TILE, d]."""
@@ -123,9 +134,3 @@ class PagedAttention(Ops):
             layer, group.block_tables[:live, tile * per_tile : (tile + 1) * per_tile].reshape(-1)
         )
         return keys.view(-1, TILE, self.config.head_dim), values.view(-1, TILE, self.config.head_dim)
-
-    @staticmethod
-    def _visible(tile: int, at: Tensor, window: int | None) -> Tensor:
-        """Which keys of a tile each row may see, [live, rows, TILE]; `at` [live, rows, 1] are the rows' positions."""
-        ages = at - torch.arange(tile * TILE, (tile + 1) * TILE, device=at.device)
-        return (ages >= 0) if window is None else (ages >= 0) & (ages < window)

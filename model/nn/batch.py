@@ -24,6 +24,7 @@ class AttentionGroup:
     block_tables: Tensor
     live: tuple[int, ...]
     min_position: int  # of any row in the group: lets sliding windows skip tiles
+    states: tuple[int, ...] = ()  # of each sequence the slot, where networks keep more than blocks
 
 
 @dataclass(frozen=True, slots=True)

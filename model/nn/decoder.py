@@ -1,39 +1,24 @@
-"""The decoder: embedding, layers, final norm, head. One network for every family; how it attends is an argument."""
+"""The decoder: embedding, layers, final norm, head, and the encoder of those families that have one. One network for
+every family; how it attends is an argument."""
 
 import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.nn.attention import Attention
-from model.nn.mlp import Mlp
-from model.nn.norm import make_norm
-from model.nn.ops import Angles, Ops
+from model.nn.cross import KeysValues
+from model.nn.encoder import Encoder
+from model.nn.layer import Layer, make_last_norm, make_layers, run_layers
+from model.nn.ops import Ops, Places
 from model.nn.positions import Rotary, SinusoidalPositions
-
-
-class Layer(nn.Module):
-    """Pre-norm residual layer: x + attention(norm(x)), then x + mlp(norm(x)).
-
-    The last addition is left to whoever comes next, so that it can be done together with the norm that follows it.
-    """
-
-    def __init__(self, config: ModelConfig, index: int, dropout: float) -> None:
-        super().__init__()
-        self.attn_norm = make_norm(config, config.hidden_size)
-        self.attn = Attention(config, index)
-        self.mlp_norm = make_norm(config, config.hidden_size)
-        self.mlp = Mlp(config)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, update: Tensor | None, angles: Angles | None, ops: Ops) -> tuple[Tensor, Tensor]:
-        """The residual stream x and what is still to be added to it, before this layer -> after it."""
-        x, h = ops.add_norm(x, update, self.attn_norm)
-        x, h = ops.add_norm(x, self.dropout(self.attn(h, angles, ops)), self.mlp_norm)
-        return x, self.dropout(self.mlp(h, ops))
+from model.nn.relative import RelativeBias
 
 
 class Decoder(nn.Module):
-    """Token ids -> hidden rows -> logits. Rows are tokens of any number of sequences; `ops` keeps them apart."""
+    """Token ids -> hidden rows -> logits. Rows are tokens of any number of sequences; `ops` keeps them apart.
+
+    With an encoder, `encode` comes first, once for each source; what `memory` makes of it is for the `ops` of the
+    decoder's own passes.
+    """
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -41,31 +26,53 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions: nn.Module | None = None
         self.rotary: Rotary | None = None
+        self.relative: RelativeBias | None = None
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_position, config.hidden_size)
         elif config.position == "sinusoidal":
             self.positions = SinusoidalPositions(config.max_position, config.hidden_size)
+        elif config.position == "relative":
+            self.relative = RelativeBias(config.relative_buckets, config.relative_distance, config.num_heads, False)
         else:
             self.rotary = Rotary(config.rope, config.head_dim, config.max_position)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(Layer(config, i, dropout) for i in range(config.num_layers))
-        self.norm = make_norm(config, config.hidden_size)
+        self.layers = make_layers(config, config.num_layers, dropout, reads=config.encoder_layers > 0)
+        self.norm = make_last_norm(config)
+        self.encoder = Encoder(config, dropout) if config.encoder_layers else None
         self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, token_ids: Tensor, positions: Tensor, ops: Ops) -> Tensor:
         """Final hidden rows [n, hidden] for token_ids, positions [n]."""
+        x = self._embedded(token_ids, positions)
+        places: Places = self.rotary(positions, x.dtype) if self.rotary is not None else None
+        if self.relative is not None:
+            places = self.relative.table()
+        return run_layers(self.layers, self.norm, x, places, ops)
+
+    def encode(self, token_ids: Tensor, positions: Tensor, ops: Ops) -> Tensor:
+        """The encoder's rows [n, hidden] for token_ids, positions [n] of sources."""
+        assert self.encoder is not None, "this network has no encoder"
+        rows: Tensor = self.encoder(self._embedded(token_ids, positions), ops)
+        return rows
+
+    def memory(self, rows: Tensor, ops: Ops) -> list[KeysValues]:
+        """Each layer's keys and values [n, kv_heads, d] of an encoder's rows [n, hidden]."""
+        layers = (layer for layer in self.layers if isinstance(layer, Layer))
+        return [layer.cross.keys_values(rows, ops) for layer in layers if layer.cross is not None]
+
+    def _embedded(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         x: Tensor = self.embed(token_ids)
+        if self.config.scaled_embedding:
+            x = x * self.config.hidden_size**0.5
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
-        x = self.dropout(x)
-        angles = self.rotary(positions, x.dtype) if self.rotary is not None else None
-        update: Tensor | None = None
-        for layer in self.layers:
-            x, update = layer(x, update, angles, ops)
-        return ops.add_norm(x, update, self.norm)[1]
+        dropped: Tensor = self.dropout(x)
+        return dropped
 
     def logits(self, hidden: Tensor, ops: Ops) -> Tensor:
         """Scores [m, vocab] for hidden rows [m, hidden]."""
+        if self.config.scaled_head:
+            hidden = hidden * self.config.hidden_size**-0.5
         return ops.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
 
 

@@ -17,13 +17,16 @@ from model.nn.positions import rotate
 from model.nn.quantized import Int8Weight
 
 Angles = tuple[Tensor, Tensor]
+Places = Angles | Tensor | None
+"""How a layer learns where rows stand: angles to turn by, a table of `relative.py`, or nothing."""
 Weight = Tensor | Int8Weight
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
     """One layer's projections `qkv` [n, heads + 2 * kv_heads, d], and what has still to be done to them: a norm of
-    queries and keys (None: no), and a turn by `angles` (None: no)."""
+    queries and keys (None: no), and a turn by `angles` (None: no). `relative` is the table of what is added to the
+    scores (None: nothing)."""
 
     qkv: Tensor
     num_heads: int
@@ -31,6 +34,7 @@ class Heads:
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
     angles: Angles | None
+    relative: Tensor | None = None
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [n, heads, d], keys and values [n, kv_heads, d], normed and turned."""
@@ -48,6 +52,10 @@ class Ops(ABC):
     @abstractmethod
     def attend(self, layer: int, heads: Heads) -> Tensor:
         """Mixed values [n, heads, d]."""
+
+    def cross(self, layer: int, q: Tensor) -> Tensor:
+        """Mixed values [n, heads, d] of queries q [n, heads, d] to the sources of their sequences."""
+        raise NotImplementedError("nobody gave this pass a source")
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [n, k] by weight [m, k] -> [n, m]."""

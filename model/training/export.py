@@ -41,6 +41,8 @@ CHAT_TEMPLATE = """\
 """
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.1}
 """What suits small networks: the tail of improbable words cut, few loops."""
+GREEDY = {"do_sample": False, "temperature": 0.0}
+"""An answer to a source has a best form; a story has none."""
 
 
 def export(decoder: Decoder, tokenizer: Tokenizer, dtype: str, folder: Path) -> None:
@@ -57,14 +59,16 @@ def export(decoder: Decoder, tokenizer: Tokenizer, dtype: str, folder: Path) -> 
         "eos_token": END,
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.max_position,
-        "chat_template": CHAT_TEMPLATE,
     }
+    sampling: dict[str, object] = {**(GREEDY if config.encoder_layers else SAMPLING)}
+    if not config.encoder_layers:
+        settings["chat_template"] = CHAT_TEMPLATE
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
     _write(folder / "config.json", family.write_config(config))
     _write(folder / "tokenizer_config.json", settings)
-    _write(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, **SAMPLING})
+    _write(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, **sampling})
 
 
 def _write(file: Path, values: dict[str, object]) -> None:

@@ -15,40 +15,56 @@ CHUNK = 1024
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy. Gradients are made in the forward pass, chunk by chunk, while the logits are at hand."""
+    """Mean cross-entropy, see `cross_entropy`. Gradients are made in the forward pass, chunk by chunk, while the logits
+    are at hand."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        wanted, num = ctx.needs_input_grad[0], len(targets)
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         total = torch.zeros((), device=hidden.device)
-        for first in range(0, len(targets), CHUNK):
+        for first in range(0, num, CHUNK):
             h, at = hidden[first : first + CHUNK], targets[first : first + CHUNK, None]
-            logits = F.linear(h, weight).float()
-            log_z = logits.logsumexp(-1, keepdim=True)
-            total += (log_z - logits.gather(1, at)).sum()
+            chances = F.linear(h, weight).float().log_softmax(-1)
+            total -= (1 - smoothing) * chances.gather(1, at).sum()
+            if smoothing:
+                total -= smoothing * chances.mean(1).sum()
             if wanted:
-                slope = logits.sub_(log_z).exp_().scatter_add_(1, at, logits.new_full(at.shape, -1.0))
-                slope = (slope / len(targets)).to(h.dtype)
+                slope = chances.exp_().scatter_add_(1, at, chances.new_full(at.shape, smoothing - 1.0)).to(h.dtype)
                 grad_hidden[first : first + CHUNK] = slope @ weight
                 grad_weight += slope.T @ h
+        # What is spread evenly over the vocabulary, and the mean, are left to the end: they would cost a pass over all
+        # logits each.
+        spread = smoothing / len(weight)
+        grad_hidden -= spread * weight.sum(0)
+        grad_weight -= spread * hidden.sum(0)
+        grad_hidden /= num
+        grad_weight /= num
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return total / len(targets)
+        return total / num
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad * grad_hidden, grad * grad_weight, None
+        return grad * grad_hidden, grad * grad_weight, None, None
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean nats per row of `targets` [n] under logits hidden [n, size] @ weight [vocab, size].T, a float32 scalar."""
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean nats per row of `targets` [n] under logits hidden [n, size] @ weight [vocab, size].T, a float32 scalar.
+
+    `smoothing` is the part of each target's weight that is spread over the whole vocabulary (label smoothing,
+    arXiv 1512.00567, 7)."""
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, smoothing)  # type: ignore[no-untyped-call]
     return loss
 
 
 def next_token_loss(
-    decoder: Decoder, inputs: Tensor, targets: Tensor, dropout: float = 0.0, body: nn.Module | None = None
+    decoder: Decoder,
+    inputs: Tensor,
+    targets: Tensor,
+    dropout: float = 0.0,
+    body: nn.Module | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Mean nats per token of `targets` [b, t] after `inputs` [b, t]; `dropout` is attention's. `body` computes the
     hidden rows in the decoder's stead: its compiled twin."""
@@ -57,7 +73,7 @@ def next_token_loss(
     network = decoder if body is None else body
     hidden = network(inputs.reshape(-1), positions, DenseAttention(decoder.config, b, t, dropout))
     weight = decoder.embed.weight if decoder.head is None else decoder.head.weight
-    return cross_entropy(hidden, weight, targets.reshape(-1))
+    return cross_entropy(hidden, weight, targets.reshape(-1), smoothing)
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:

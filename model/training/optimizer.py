@@ -19,12 +19,16 @@ def make_optimizers(decoder: Decoder, name: str, weight_decay: float, apply: App
     """`adamw` or `muon`; embeddings, head, norms and biases are AdamW's in both. Matrices decay, vectors do not."""
     named = list(decoder.named_parameters())
     vectors = [p for _, p in named if p.ndim < 2]
-    inner = [p for n, p in named if p.ndim == 2 and n.startswith("layers.")]
-    outer = [p for n, p in named if p.ndim == 2 and not n.startswith("layers.")]
+    inner = [p for n, p in named if p.ndim == 2 and _is_inner(n)]
+    outer = [p for n, p in named if p.ndim == 2 and not _is_inner(n)]
     decayed = outer if name == "muon" else outer + inner
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     return (adamw, Muon(inner, weight_decay, apply)) if name == "muon" else (adamw,)
+
+
+def _is_inner(name: str) -> bool:
+    return name.startswith(("layers.", "encoder.layers."))
 
 
 class Muon(torch.optim.Optimizer):

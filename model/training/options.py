@@ -24,7 +24,28 @@ FAMILIES: dict[str, Switches] = {
         "out_bias": True,
         "mlp_bias": True,
     },
+    "transformer": {
+        "norm": "layernorm",
+        "position": "sinusoidal",
+        "activation": "relu",
+        "gated_mlp": False,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "post_norm": True,
+        "scaled_embedding": True,
+    },
+    "t5": {
+        "norm_eps": 1e-6,
+        "position": "relative",
+        "relative_buckets": 32,
+        "relative_distance": 128,
+        "activation": "gelu_tanh",
+        "scaled_scores": False,
+        "scaled_head": True,
+    },
 }
+PAIRED = ("transformer", "t5")  # those that answer a source, and are taught with pairs
 """How each family's network differs from the plain one (`ModelConfig`'s defaults)."""
 
 
@@ -45,12 +66,21 @@ def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> A
 class TrainConfig:
     """One run: everything that decides its loss curve, and where it is kept. Raises OptionError for what can't be."""
 
-    data: Path = field(metadata={"help": "a .txt or .txt.xz file, or a folder of them (valid* is for validation)"})
+    data: Path = field(
+        metadata={
+            "help": "a .txt or .txt.xz file, or a folder of them (valid* is for validation); for transformer and t5 "
+            "pairs: a file with a tab in each line, or sources whose answers are in --target"
+        }
+    )
     out: Path = field(metadata={"help": "folder for the model; the run's own files go to its run/"})
+    target: str = option("", "file with the answer to each line of --data; .gz and .xz are unpacked")
+    valid: str = option("", "pairs for validation, like --data; none: the last part of --data")
+    valid_target: str = option("", "file with the answer to each line of --valid")
     family: str = option("llama", "architecture", tuple(FAMILIES))
     vocab_size: int = option(4096, "tokens of the byte-level BPE tokenizer, 257 to 65536")
     hidden_size: int = option(256, "width")
     num_layers: int = option(6, "depth")
+    encoder_layers: int = option(0, "depth of the encoder of transformer and t5; 0 = as deep as the decoder")
     num_heads: int = option(4, "attention heads")
     num_kv_heads: int = option(0, "key and value heads; 0 = as many as heads")
     head_dim: int = option(0, "size of a head; 0 = width / heads")
@@ -67,10 +97,12 @@ class TrainConfig:
     workers: int = option(1, "threads that each compute a part of the batch (CPU, without dropout)")
     lr: float = option(2e-3, "peak learning rate")
     warmup: int = option(100, "steps until the peak")
+    schedule: str = option("cosine", "of the learning rate after the peak", ("cosine", "inverse-sqrt"))
     final_lr: float = option(0.1, "learning rate at the end, as a part of the peak")
     weight_decay: float = option(0.1, "on matrices only")
     clip: float = option(1.0, "largest norm of the gradient")
     dropout: float = option(0.0, "probability")
+    label_smoothing: float = option(0.0, "part of each target that is spread over the vocabulary")
     seed: int = option(1, "of weights, data order and dropout")
     valid_fraction: float = option(0.01, "part held out when the data brings no valid* file")
     eval_every: int = option(250, "steps between validations and samples")
@@ -92,10 +124,20 @@ class TrainConfig:
             (not 257 <= self.vocab_size <= 65536, f"--vocab-size {self.vocab_size}: expected 257 to 65536"),
             (self.num_heads % kv_heads, f"--num-kv-heads {kv_heads}: no divisor of --num-heads {self.num_heads}"),
             (self.family == "gpt2" and kv_heads != self.num_heads, f"--num-kv-heads {kv_heads}: gpt2 has all heads"),
+            (self.is_paired and kv_heads != self.num_heads, f"--num-kv-heads {kv_heads}: {self.family} has all heads"),
+            (
+                not self.is_paired and (self.target or self.valid or self.encoder_layers),
+                f"--family {self.family}: pairs and --encoder-layers are for {' and '.join(PAIRED)}",
+            ),
+            (bool(self.valid_target) and not self.valid, "--valid-target: expected --valid with it"),
+            (not 0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: expected 0 to below 1"),
             (head_dim % 2, f"--head-dim {head_dim}: expected an even number"),
             (self.window and self.family != "mistral", f"--window {self.window}: only mistral has one"),
             (self.context % short, f"--short-context {short}: no divisor of --context {self.context}"),
-            (self.batch_tokens % self.context, f"--batch-tokens {self.batch_tokens}: no multiple of --context"),
+            (
+                not self.is_paired and self.batch_tokens % self.context,
+                f"--batch-tokens {self.batch_tokens}: no multiple of --context",
+            ),
             (
                 self.workers > 1 and self.dropout,
                 f"--workers {self.workers}: not with --dropout, whose draws would vary",
@@ -104,6 +146,11 @@ class TrainConfig:
         for refused, message in refusals:
             if refused:
                 raise OptionError(message)
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the data are pairs."""
+        return self.family in PAIRED
 
     def network(self, vocab_size: int) -> ModelConfig:
         """The network asked for, over as many tokens as the tokenizer has."""
@@ -124,6 +171,8 @@ class TrainConfig:
             bos_id=0,
             eos_ids=(0,),
             dtype=self.dtype,
+            encoder_layers=(self.encoder_layers or self.num_layers) if self.is_paired else 0,
+            start_id=0 if self.is_paired else None,
             **switches,
         )
 

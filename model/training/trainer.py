@@ -21,18 +21,31 @@ from torch import Tensor, nn
 
 from model.nn.decoder import Decoder, num_parameters
 from model.training import checkpoint, data
-from model.training.evaluate import Apply, Evaluator
+from model.training.evaluate import Apply
 from model.training.export import export
-from model.training.loss import next_token_loss
+from model.training.lesson import Examiner, Lesson, Part, TextLesson
 from model.training.optimizer import make_optimizers
 from model.training.options import OptionError, TrainConfig
+from model.training.pairs import PairData, pair_tokenizer, read_pairs
 from model.training.runlog import RunLog, plot
+from model.training.translate import PairLesson
 
 Report = Callable[[str], None]
 
 # A run goes on only with these as they were; the others (say, `steps`) may be changed between two starts.
 FIXED = (
-    *("data", "family", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    *(
+        "data",
+        "target",
+        "family",
+        "encoder_layers",
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+    ),
     *("intermediate_size", "window", "untied", "context", "batch_tokens", "optimizer", "seed"),
 )
 
@@ -44,16 +57,14 @@ def train(config: TrainConfig, report: Report) -> None:
     """
     folder = config.out / "run"
     _open_folder(config, folder)
-    tokenizer, ids, valid_ids = prepare(config, folder, report)
-    run = Run(config, folder, data.Batches(ids, config.seed), tokenizer.get_vocab_size())
-    few = max(1, config.batch_tokens // config.workers // config.context)
-    evaluator = Evaluator(run.decoder, tokenizer, valid_ids, config.context, few, run.apply)
+    lesson = prepare_pairs(config, folder, report) if config.is_paired else prepare(config, folder, report)
+    run = Run(config, folder, lesson)
     report(
-        f"{num_parameters(run.decoder):,} parameters on {run.device.type}, {len(ids):,} training tokens; "
+        f"{num_parameters(run.decoder):,} parameters on {run.device.type}, {lesson.num_tokens:,} training tokens; "
         f"step {run.step:,} of {config.steps:,}"
     )
-    _loop(run, evaluator, report)
-    export(run.decoder, tokenizer, config.dtype, config.out)
+    _loop(run, lesson.examiner(run.decoder, run.apply), report)
+    export(run.decoder, lesson.tokenizer, config.dtype, config.out)
     report(plot(folder))
     report(f"wrote {config.out}: millrace serve --model {config.out}")
 
@@ -72,8 +83,8 @@ def _open_folder(config: TrainConfig, folder: Path) -> None:
     file.write_text(json.dumps(now, indent=1) + "\n")
 
 
-def prepare(config: TrainConfig, folder: Path, report: Report) -> tuple[Tokenizer, data.Ids, data.Ids]:
-    """Tokenizer and tokenised texts (training, validation), from the run's folder when they are there already."""
+def prepare(config: TrainConfig, folder: Path, report: Report) -> TextLesson:
+    """Tokenizer and tokenised texts, from the run's folder when they are there already."""
     files = folder / "train.bin", folder / "valid.bin"
     last = folder / "tokenizer.json"  # written last: if it is there, so are the others
     if not last.exists():
@@ -87,14 +98,33 @@ def prepare(config: TrainConfig, folder: Path, report: Report) -> tuple[Tokenize
         tokenizer.save(str(temporary))
         temporary.replace(last)
     ids, valid_ids = (np.memmap(file, np.uint16, "r") for file in files)
-    return Tokenizer.from_file(str(last)), ids, valid_ids
+    return TextLesson(config, Tokenizer.from_file(str(last)), ids, valid_ids)
+
+
+def prepare_pairs(config: TrainConfig, folder: Path, report: Report) -> PairLesson:
+    """Tokenised pairs; the tokenizer is from the run's folder when it is there already."""
+    report(f"reading {config.data}")
+    pairs = read_pairs(config.data, Path(config.target) if config.target else None)
+    if config.valid:
+        valid = read_pairs(Path(config.valid), Path(config.valid_target) if config.valid_target else None, "valid")
+    else:
+        num = max(1, round(config.valid_fraction * len(pairs)))
+        pairs, valid = pairs[:-num], pairs[-num:]
+    last = folder / "tokenizer.json"
+    if not last.exists():
+        report(f"training a tokenizer on {len(pairs):,} pairs")
+        temporary = last.with_suffix(".tmp")
+        pair_tokenizer(pairs, config.vocab_size).save(str(temporary))
+        temporary.replace(last)
+    tokenizer = Tokenizer.from_file(str(last))
+    return PairLesson(config, tokenizer, PairData.of(pairs, tokenizer, config.context), valid)
 
 
 class Run:
     """The network, its optimisers and where they stand; one call makes one step."""
 
-    def __init__(self, config: TrainConfig, folder: Path, batches: data.Batches, vocab_size: int) -> None:
-        self.config, self.folder, self.batches = config, folder, batches
+    def __init__(self, config: TrainConfig, folder: Path, lesson: Lesson) -> None:
+        self.config, self.folder, self.lesson = config, folder, lesson
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         if cuda and not torch.cuda.is_available():
             raise OptionError("--device cuda: torch sees no CUDA device here")
@@ -105,7 +135,7 @@ class Run:
             torch.set_num_threads(1)
             self.apply = ThreadPoolExecutor(config.workers).map
         torch.manual_seed(config.seed)
-        self.decoder = Decoder(config.network(vocab_size), config.dropout)
+        self.decoder = Decoder(config.network(lesson.tokenizer.get_vocab_size()), config.dropout)
         initialise(self.decoder)
         self.decoder.to(self.device)
         self.parameters = list(self.decoder.parameters())
@@ -125,12 +155,9 @@ class Run:
         """One optimiser step; the mean loss of its batch in nats per token."""
         config, total = self.config, 0.0
         torch.manual_seed(config.seed * 1_000_003 + self.step)  # dropout, too, is a function of (seed, step)
-        inputs, targets = self.batches.draw(self.step, config.batch_tokens, config.length(self.step))
-        at_once = min(config.micro_tokens or config.batch_tokens, config.batch_tokens // config.workers)
-        rows = max(1, at_once // inputs.shape[1])
-        slices = [slice(first, first + rows) for first in range(0, len(inputs), rows)]
+        parts = self.lesson.parts(self.step)
         self.decoder.train()
-        for loss, grads in self.apply(lambda part: self._gradients(inputs[part], targets[part], len(inputs)), slices):
+        for loss, grads in self.apply(self._gradients, parts):
             total += loss
             for parameter, grad in zip(self.parameters, grads, strict=True):
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
@@ -143,11 +170,10 @@ class Run:
         self.step += 1
         return total
 
-    def _gradients(self, inputs: data.Rows, targets: data.Rows, num_rows: int) -> tuple[float, tuple[Tensor, ...]]:
-        """Loss and gradients of some of a step's `num_rows` sequences, as their part of the step's mean."""
-        x, y = (torch.from_numpy(rows).to(self.device) for rows in (inputs, targets))
+    def _gradients(self, part: Part) -> tuple[float, tuple[Tensor, ...]]:
+        """Loss and gradients of some of a step's sequences, as their part of the step's mean."""
         with self._precision():
-            loss = next_token_loss(self.decoder, x, y, self.config.dropout, self.body) * (len(x) / num_rows)
+            loss = self.lesson.loss(self.decoder, self.body, part)
         return loss.item(), torch.autograd.grad(loss, self.parameters)
 
     def _precision(self) -> AbstractContextManager[object]:
@@ -158,25 +184,33 @@ class Run:
 
 def initialise(decoder: Decoder) -> None:
     """Normal(0, 0.02) matrices, those that write into the residual stream divided by sqrt(2 layers) so that its size
-    does not grow with depth (GPT-2, Radford et al. 2019, 2.3), and zero biases."""
+    does not grow with depth (GPT-2, Radford et al. 2019, 2.3), and zero biases. Where norms come after the sums, that
+    size is theirs to set: matrices keep the size of what goes through them (Glorot and Bengio 2010)."""
     shrink = math.sqrt(2 * decoder.config.num_layers)
     for name, parameter in decoder.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
+        elif name == "embed.weight" and (decoder.config.scaled_embedding or decoder.config.scaled_head):
+            nn.init.normal_(parameter, std=1.0 if decoder.config.scaled_head else parameter.shape[1] ** -0.5)
+        elif parameter.ndim == 2 and decoder.config.post_norm:
+            nn.init.xavier_uniform_(parameter)
         elif parameter.ndim == 2:
-            residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
+            residual = name.endswith(("attn.out.weight", "cross.out.weight", "mlp.down.weight"))
             nn.init.normal_(parameter, std=0.02 / shrink if residual else 0.02)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to `final_lr` of the peak."""
+    """Linear warm-up, then a cosine down to `final_lr` of the peak, or with the inverse square root of the step
+    (arXiv 1706.03762, 5.3), which needs no end."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
+    if config.schedule == "inverse-sqrt":
+        return config.lr * math.sqrt(config.warmup / (step + 1))
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def _loop(run: Run, evaluator: Evaluator, report: Report) -> None:
+def _loop(run: Run, evaluator: Examiner, report: Report) -> None:
     """Step until done, with the log, validation, samples and checkpoints on the way."""
     config, log, began = run.config, RunLog(run.folder / "loss.csv", run.step), time.monotonic()
     recent = [(began, run.step)]

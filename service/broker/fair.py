@@ -28,7 +28,7 @@ from service.broker.base import AGEING_S
 
 def cost(request: Request) -> int:
     """What a request is charged, in tokens: the most it can take."""
-    return len(request.prompt_ids) + request.sampling.max_tokens
+    return len(request.asked_ids) + request.sampling.max_tokens
 
 
 @dataclass(frozen=True, slots=True, order=True)

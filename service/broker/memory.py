@@ -131,7 +131,7 @@ class MemoryBroker:
             return Accepted(known.id, created=False)
         if self._refusal is not None:
             raise Unavailable(self._refusal)
-        if self._is_full(len(group), sum(len(request.prompt_ids) for request in group)):
+        if self._is_full(len(group), sum(len(request.asked_ids) for request in group)):
             raise Overloaded(self._pace.retry_after_s(len(self._queue)), len(self._queue))
         if not self._queue and not self._num_running:
             self._pace.begin(now)
@@ -270,7 +270,7 @@ class MemoryBroker:
         assert request.id not in self._records, "ids are drawn at random: one that is known can't be another's"
         ticket = self._queue.add(request.id, request.tenant, cost(request), now, request.priority)
         timers = Timers(self._call_later)
-        record = _Record(group, request.id, payload, len(request.prompt_ids), request.orphan_s, ticket, timers)
+        record = _Record(group, request.id, payload, len(request.asked_ids), request.orphan_s, ticket, timers)
         self._records[record.id] = record
         self._num_accepted += 1
         group.records.append(record)

@@ -194,7 +194,7 @@ class RedisRequests:
 
     def _asked(self, request: Request, raw: bytes) -> list[Any]:
         """One request as `submit` and `restore` take it."""
-        now_s, size = self._clock(), len(request.prompt_ids)
+        now_s, size = self._clock(), len(request.asked_ids)
         left = [
             "" if at_s is None else max(0, int((at_s - now_s) * 1000))
             for at_s in (request.deadline_s, request.queue_deadline_s)

@@ -169,7 +169,7 @@ class Generation:
                 glance = await self._broker.peek(first.request.id, first.request.tenant)
                 if glance.log.token_ids or glance.log.finish:
                     return
-                standing = Standing(glance.position, glance.num_computed, len(first.request.prompt_ids))
+                standing = Standing(glance.position, glance.num_computed, len(first.request.asked_ids))
                 if standing != told:
                     told = standing
                     yield standing
@@ -215,7 +215,7 @@ class Generation:
         first = self.choices[0].request
         answers = first.num_choices // first.num_prompts
         begins = range(0, len(self.choices), answers)
-        num_prompt = sum(len(self.choices[at].request.prompt_ids) for at in begins)
+        num_prompt = sum(len(self.choices[at].request.asked_ids) for at in begins)
         num_cached = sum(min(choice.num_cached for choice in self.choices[at : at + answers]) for at in begins)
         return Usage(num_prompt, sum(choice.num_tokens for choice in self.choices), num_cached)
 

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from model.config import GenerationDefaults
 from model.grammar import GrammarError
 from model.grammar_check import MAX_WAITING, GrammarCheck, TooManyTrials, of_lark, of_schema
-from model.request import Grammar, Request, SamplingParams, TextOptions, child_seed
+from model.request import Grammar, Request, SamplingParams, TextOptions, begun, child_seed
 from model.tokenizer import Tokenizer
 from service.errors import InvalidRequest, ModelNotFound, Overloaded, PromptTooLong
 from service.http.schemas import ALLOWED, GenerateRequest
@@ -42,6 +42,7 @@ class Served:
     orphan_s: float = 30.0
     max_request_s: float = 3600.0
     grammars: GrammarCheck = field(default_factory=GrammarCheck)
+    start_id: int | None = None  # of a model that answers a prompt instead of going on with it: an answer's first id
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class Intake:
         """What it can take at most, each prompt counted once."""
         first = self.group[0]
         prompts = self.group[:: first.num_choices // first.num_prompts]
-        return sum(len(each.prompt_ids) for each in prompts) + sum(each.sampling.max_tokens for each in self.group)
+        return sum(len(each.asked_ids) for each in prompts) + sum(each.sampling.max_tokens for each in self.group)
 
     @property
     def seed(self) -> int:
@@ -122,13 +123,13 @@ async def take_in(asked: Asked, served: Served, client: Client = Client()) -> In
     now_s = time.time()
     seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
     grammar = await _grammar(body, served)
-    sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
+    sequences: list[tuple[tuple[int, ...], tuple[int, ...], SamplingParams]] = []
     for prompt in asked.prompts or (body.prompt,):
-        prompt_ids = await _prompt_ids(prompt, body, served)
+        prompt_ids, source_ids = begun(await _prompt_ids(prompt, body, served), served.start_id)
         if grammar is not None and served.tokenizer.detokenizer(prompt_ids).flush():
             raise InvalidRequest("prompt", prompt, "with a grammar, ids that do not end in the middle of a character")
         sampling = _sampling(body, served, seed, room=served.max_model_len - len(prompt_ids))
-        sequences += [(prompt_ids, each) for each in sampling]
+        sequences += [(prompt_ids, source_ids, each) for each in sampling]
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     id = asked.kind + secrets.token_hex(16)
     num_choices = len(sequences)
@@ -152,8 +153,9 @@ async def take_in(asked: Asked, served: Served, client: Client = Client()) -> In
             request_id=client.request_id,
             traceparent=client.traceparent,
             cache_salt=body.cache_salt or "",
+            source_ids=source_ids,
         )
-        for i, (prompt_ids, sampling) in enumerate(sequences)
+        for i, (prompt_ids, source_ids, sampling) in enumerate(sequences)
     )
     return Intake(group)
 
@@ -172,7 +174,8 @@ async def _prompt_ids(prompt: Prompt, body: GenerateRequest, served: Served) -> 
     if len(ids) > limit:
         if body.on_overflow == "reject":
             raise PromptTooLong(len(ids), limit)
-        ids = ids[-max(1, served.max_model_len - min(body.max_tokens, served.max_model_len // 2)) :]
+        room = min(body.max_tokens, served.max_model_len // 2) if served.start_id is None else 1
+        ids = ids[-max(1, served.max_model_len - room) :]
     if not ids:
         raise InvalidRequest("prompt", prompt, "text that makes at least one token")
     _check_ids("prompt", ids, served)

@@ -38,7 +38,7 @@ class _Dialect:
         self._with_logprobs = intake.group[0].sampling.num_logprobs is not None
         self._ends = [frozenset(request.sampling.stop_token_ids) for request in intake.group]
         self._id, self._answers = intake.id, len(intake.group) // intake.group[0].num_prompts
-        self._num_prompt = sum(len(request.prompt_ids) for request in intake.group[:: self._answers])
+        self._num_prompt = sum(len(request.asked_ids) for request in intake.group[:: self._answers])
         self._same = {"id": intake.id, "created": intake.created, "model": intake.model}
         same = orjson.dumps(self._same | {"object": self.chunk_object})[:-1]
         self._head, self._usage_head = b"data: " + same + b',"choices":[', b"data: " + same
