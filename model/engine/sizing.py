@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import torch
 
+from model.cache.states import bytes_per_slot
 from model.cache.store import bytes_per_block
 from model.config import EngineConfig, EngineConfigError, ModelConfig
+from model.engine.reach import Reach
 from model.nn.batch import TILE
 from model.nn.decoder import as_dtype
 
@@ -53,28 +55,40 @@ def size_engine(
 ) -> EngineConfig:
     """An engine configuration whose cache fits: `cache_gib` if given, else what all seats can use, within memory."""
     length = max_model_len or config.max_position
-    if length > config.max_position:
+    if length > config.longest:
         raise EngineConfigError(
-            f"--max-model-len {length}: the checkpoint's positions end at {config.max_position}; use at most that"
+            f"--max-model-len {length}: the checkpoint's positions end at {config.longest}; use at most that"
         )
     tokens = max_batch_tokens or (DEVICE_BATCH_TOKENS if device == "cuda" else HOST_BATCH_TOKENS)
     engine = EngineConfig(device, dtype, length, max_num_seqs, max(tokens, max_num_seqs), quantize=quantize)
+    engine = with_needs(engine, config)
     per_block = bytes_per_block(config, engine.block_size, as_dtype(dtype))
+    reach = Reach(engine.needs, engine.block_size)
+    num_least = reach.num_needed(length)
+    if not num_least:
+        return engine
     if cache_gib is None:
-        wanted = max_num_seqs * -(-length // engine.block_size) * per_block
+        wanted = max_num_seqs * min(reach.num_places(length), reach.num_wanted(length, tokens)) * per_block
         room = _free_bytes(config, engine)
         where = f"{room / GIB:.2f} GiB are left for the cache"
     else:
         wanted = room = int(cache_gib * GIB)
         where = f"--cache-gib {cache_gib:g}"
     num_blocks = min(wanted, room) // per_block
-    if num_blocks * engine.block_size < length:
+    if num_blocks < num_least:
+        needed = min(length, num_least * engine.block_size)
         raise EngineConfigError(
-            f"{where}: that holds {max(num_blocks, 0) * engine.block_size} tokens, one sequence may need {length}; "
-            f"use --max-model-len {max(num_blocks * engine.block_size, 1)} or less, "
-            f"or --cache-gib {length * per_block / engine.block_size / GIB:.3f} or more"
+            f"{where}: that holds {max(num_blocks, 0) * engine.block_size} tokens, one sequence may need "
+            f"{needed}; use --max-model-len {max(num_blocks * engine.block_size, 1)} or less, "
+            f"or --cache-gib {needed * per_block / engine.block_size / GIB:.3f} or more"
         )
     return replace(engine, num_blocks=num_blocks)
+
+
+def with_needs(engine: EngineConfig, config: ModelConfig) -> EngineConfig:
+    """The engine's configuration for this network: which tokens stay in blocks, and no sharing of what can't be."""
+    needs = config.cache_needs
+    return replace(engine, needs=needs, prefix_cache=engine.prefix_cache and needs.is_shareable)
 
 
 def peak_bytes(config: ModelConfig, engine: EngineConfig) -> int:
@@ -95,9 +109,10 @@ def peak_bytes(config: ModelConfig, engine: EngineConfig) -> int:
 def _free_bytes(config: ModelConfig, engine: EngineConfig) -> int:
     if engine.device == "cuda":
         free, _ = torch.cuda.mem_get_info()
-        return int(free * DEVICE_SHARE) - peak_bytes(config, engine)
+        return int(free * DEVICE_SHARE) - peak_bytes(config, engine) - engine.max_num_seqs * bytes_per_slot(config)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(memory * HOST_SHARE) - peak_bytes(config, engine) - _weight_bytes(config, engine)
+    states = engine.max_num_seqs * bytes_per_slot(config)
+    return int(memory * HOST_SHARE) - peak_bytes(config, engine) - _weight_bytes(config, engine) - states
 
 
 def _weight_bytes(config: ModelConfig, engine: EngineConfig) -> int:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from model.config import ModelConfig, Rope, RopeScaling
+from model.config import CheckpointError, ModelConfig, Rope, RopeScaling
 from model.families.fields import Fields, shown
+from model.kinds import Kind, Lstm, RecurrentMemory, read_kind
 
 ACTIVATIONS: Mapping[str, Any] = {
     "silu": "silu",
@@ -60,6 +61,7 @@ class Family:
     switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # true-or-false key -> fields it sets
     only: Mapping[str, object] = field(default_factory=dict)  # keys of which one value is supported
     sliding: Literal["never", "all", "some"] = "never"  # which layers may have a window
+    mixed: bool = False  # a key `attention` has a word for the kind of each layer
     transposed: frozenset[str] = frozenset()  # our modules whose weights the checkpoint stores [in, out]
 
     def read_config(self, raw: Mapping[str, object], source: str = "config.json") -> ModelConfig:
@@ -82,6 +84,7 @@ class Family:
             activation=found.word(self.keys["activation"], ACTIVATIONS),
             tied_head=found.flag("tie_word_embeddings"),
             windows=_read_windows(found, self.sliding, values["num_layers"]),
+            attention=_read_kinds(found, values["num_layers"]) if self.mixed else (),
             bos_id=next(iter(found.ids("bos_token_id", values["vocab_size"])), None),
             eos_ids=found.ids("eos_token_id", values["vocab_size"]),
             dtype=next((found.word(key, DTYPES) for key in ("dtype", "torch_dtype") if found.has(key)), "float32"),
@@ -99,6 +102,8 @@ class Family:
         if config.position == "rope":
             raw["rope_parameters"] = _write_rope(config.rope)
         raw |= _write_windows(config, self.sliding)
+        if self.mixed:
+            raw["attention"] = [kind.word for kind in config.attention]
         back = self.read_config(raw)
         lost = [f.name for f in fields(config) if getattr(back, f.name) != getattr(config, f.name)]
         if lost:
@@ -153,17 +158,36 @@ def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int | 
         yield "positions", (config.max_position,), hidden, False
     for i in range(config.num_layers):
         yield f"layers.{i}.attn_norm", (hidden,), None, bias
-        yield f"layers.{i}.attn.qkv", (heads, kv, kv), hidden, config.qkv_bias
+        kind = config.kind(i)
+        if isinstance(kind, Lstm):
+            yield f"layers.{i}.attn.input", (4 * kind.width,), hidden, True
+            yield f"layers.{i}.attn.recurrent", (4 * kind.width,), kind.width, False
+        else:
+            yield f"layers.{i}.attn.qkv", (heads, kv, kv), hidden, config.qkv_bias
         if config.qk_norm:
             yield f"layers.{i}.attn.q_norm", (config.head_dim,), None, False
             yield f"layers.{i}.attn.k_norm", (config.head_dim,), None, False
-        yield f"layers.{i}.attn.out", (hidden,), heads, config.out_bias
+        if isinstance(kind, RecurrentMemory):
+            yield f"layers.{i}.attn.relative", (kv,), hidden, False
+            yield f"layers.{i}.attn.shift", (2,), heads, False
+        yield f"layers.{i}.attn.out", (hidden,), kind.width if isinstance(kind, Lstm) else heads, config.out_bias
         yield f"layers.{i}.mlp_norm", (hidden,), None, bias
         yield f"layers.{i}.mlp.up", (inner,) * (2 if config.gated_mlp else 1), hidden, config.mlp_bias
         yield f"layers.{i}.mlp.down", (hidden,), inner, config.mlp_bias
     yield "norm", (hidden,), None, bias
     if not config.tied_head:
         yield "head", (config.vocab_size,), hidden, False
+
+
+def _read_kinds(found: Fields, num_layers: int) -> tuple[Kind, ...]:
+    """Each layer's kind."""
+    words = found.raw.get("attention")
+    if not isinstance(words, list) or len(words) != num_layers:
+        found.fail("attention", f"a list with a word for each of {num_layers} layers")
+    try:
+        return tuple(read_kind(str(word)) for word in words)
+    except ValueError as error:
+        raise CheckpointError(f"{found.source}: attention: {error}") from error
 
 
 def _read_rope(found: Fields, max_position: int) -> Rope:

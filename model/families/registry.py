@@ -13,8 +13,9 @@ from model.families.llama import LLAMA
 from model.families.mistral import MISTRAL
 from model.families.qwen2 import QWEN2
 from model.families.qwen3 import QWEN3
+from model.families.streams import STREAMS
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, STREAMS)}
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.cache.states import StateStore
 from model.cache.store import PagedStore
 from model.config import ModelConfig
 from model.nn.batch import TILE, AttentionGroup, ForwardBatch
 from model.nn.norm import RMSNorm
-from model.nn.ops import Angles, Heads, Ops, Weight
+from model.nn.ops import Angles, Cell, Heads, Look, Ops, Weight
 from model.nn.pieces import Pieces, by_pieces
+from model.nn.running import RunningMix
+from model.nn.streams import advance_all, recall_all, recall_tiles
 
 
 class Attention(nn.Module):
@@ -57,19 +60,31 @@ class DenseAttention(Ops):
         )
         return mixed.transpose(1, 2).reshape(self.b * self.t, -1, self.config.head_dim)
 
+    def recur(self, layer: int, cell: Cell, x: Tensor) -> Tensor:
+        return cell.parallel(x.view(self.b, self.t, -1)).reshape(self.b * self.t, -1)
+
+    def recall(self, layer: int, look: Look, queries: tuple[Tensor, ...], k: Tensor, v: Tensor) -> Tensor:
+        *all_queries, k, v = (x.view(self.b, self.t, -1, self.config.head_dim) for x in (*queries, k, v))
+        return recall_all(look, tuple(all_queries), k, v, self.dropout).flatten(0, 1)
+
 
 class PagedAttention(Ops):
     """Causal attention over the paged cache. New keys and values are written first, so a row sees itself.
 
-    Each sequence's keys are reduced tile by tile, in order, with a running maximum and sum (the online softmax of
-    arXiv 1805.02867). A tile that is masked for a row changes nothing, to the bit, so neither the length of batch
-    mates nor the size of a prefill chunk can show in a result. Linear layers are computed in `pieces`.
+    Each sequence's keys are reduced tile by tile, in order (`running.py`). A tile that is masked for a row changes
+    nothing, to the bit, so neither the length of batch mates nor the size of a prefill chunk can show in a result.
+    Linear layers are computed in `pieces`. `states`: of layers that have some.
     """
 
     def __init__(
-        self, config: ModelConfig, store: PagedStore, batch: ForwardBatch, pieces: Pieces = MappingProxyType({})
+        self,
+        config: ModelConfig,
+        store: PagedStore,
+        batch: ForwardBatch,
+        pieces: Pieces = MappingProxyType({}),
+        states: StateStore | None = None,
     ) -> None:
-        self.config, self.store, self.batch, self.pieces = config, store, batch, pieces
+        self.config, self.store, self.batch, self.pieces, self.states = config, store, batch, pieces, states
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, Tensor) and (counts := self.pieces.get(tuple(weight.shape))):
@@ -85,6 +100,19 @@ class PagedAttention(Ops):
             mixed[group.rows] = self._attend(layer, q[group.rows], group)
         return mixed
 
+    def recur(self, layer: int, cell: Cell, x: Tensor) -> Tensor:
+        assert self.states is not None, "a runner without states"
+        return advance_all(cell, layer, x, self.batch, self.states, self)
+
+    def recall(self, layer: int, look: Look, queries: tuple[Tensor, ...], k: Tensor, v: Tensor) -> Tensor:
+        n = self.batch.num_rows
+        self.store.write(layer, self.batch.slots, k[:n], v[:n])
+        mixed = torch.zeros_like(queries[0])
+        for group in self.batch.streams:
+            rows, reach = tuple(each[group.rows] for each in queries), group.reaches[self.config.kind(layer)]
+            mixed[group.rows] = recall_tiles(look, group, reach, self.store, layer, rows, self.batch.attention_rows)
+        return mixed
+
     def _attend(self, layer: int, q: Tensor, group: AttentionGroup) -> Tensor:
         """Output [b, t, heads, d] of one group's queries q [b, t, heads, d]."""
         (b, t, _, d), kv_heads = q.shape, self.config.num_kv_heads
@@ -97,8 +125,7 @@ class PagedAttention(Ops):
         at = self.batch.positions[group.rows].repeat_interleave(shared, dim=1)
         at = F.pad(at, (0, rows - num))[:, :, None]  # [b, rows, 1]
 
-        top = q.new_full((kv_heads, b, rows, 1), -1e30, dtype=torch.float32)
-        total, acc = torch.zeros_like(top), torch.zeros_like(q, dtype=torch.float32)
+        mix = RunningMix(q)
         for tile, live in enumerate(group.live):
             if window is not None and (tile + 1) * TILE <= group.min_position - window + 1:
                 continue  # behind every row's window
@@ -106,14 +133,8 @@ class PagedAttention(Ops):
             scores = torch.bmm(q[:, :live].reshape(-1, rows, d), keys.transpose(1, 2)).float()
             scores = scores.view(kv_heads, live, rows, TILE)
             scores.masked_fill_(~self._visible(tile, at[:live], window), -torch.inf)
-            peak = torch.maximum(top[:, :live], scores.amax(-1, keepdim=True))
-            shrink = torch.exp(top[:, :live] - peak)
-            weights = torch.exp(scores - peak)
-            part = torch.bmm(weights.view(-1, rows, TILE).to(values.dtype), values).view(kv_heads, live, rows, d)
-            total[:, :live] = total[:, :live] * shrink + weights.sum(-1, keepdim=True)
-            acc[:, :live] = acc[:, :live] * shrink + part
-            top[:, :live] = peak
-        mixed = (acc / total)[:, :, :num].view(kv_heads, b, t, shared, d)
+            mix.add(scores, values, live)
+        mixed = mix.result()[:, :, :num].view(kv_heads, b, t, shared, d)
         return mixed.permute(1, 2, 0, 3, 4).reshape(b, t, -1, d).to(q.dtype)
 
     def _gather(self, layer: int, group: AttentionGroup, tile: int, live: int) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.nn.attention import Attention
+from model.kinds import Full, Linear
+from model.nn.favor import Features
+from model.nn.mixers import make_mixer
 from model.nn.mlp import Mlp
 from model.nn.norm import make_norm
 from model.nn.ops import Angles, Ops
-from model.nn.positions import Rotary, SinusoidalPositions
+from model.nn.positions import LongRotary, Rotary, SinusoidalPositions
 
 
 class Layer(nn.Module):
@@ -20,7 +22,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, dropout: float) -> None:
         super().__init__()
         self.attn_norm = make_norm(config, config.hidden_size)
-        self.attn = Attention(config, index)
+        self.attn = make_mixer(config, index)
         self.mlp_norm = make_norm(config, config.hidden_size)
         self.mlp = Mlp(config)
         self.dropout = nn.Dropout(dropout)
@@ -40,13 +42,15 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions: nn.Module | None = None
-        self.rotary: Rotary | None = None
+        self.rotary: Rotary | LongRotary | None = None
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_position, config.hidden_size)
         elif config.position == "sinusoidal":
             self.positions = SinusoidalPositions(config.max_position, config.hidden_size)
-        else:
-            self.rotary = Rotary(config.rope, config.head_dim, config.max_position)
+        elif any(isinstance(config.kind(i), Full | Linear) for i in range(config.num_layers)):
+            endless = config.longest > config.max_position
+            make = LongRotary if endless else Rotary
+            self.rotary = make(config.rope, config.head_dim, config.longest)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(Layer(config, i, dropout) for i in range(config.num_layers))
         self.norm = make_norm(config, config.hidden_size)
@@ -77,6 +81,7 @@ def num_parameters(decoder: nn.Module) -> int:
 def product_shapes(decoder: Decoder) -> set[tuple[int, int]]:
     """Shapes (out, in) of the weights that rows are multiplied by, but for quantised ones."""
     weights = [layer.weight for layer in decoder.modules() if isinstance(layer, nn.Linear)]
+    weights += [layer.get_buffer("weight") for layer in decoder.modules() if isinstance(layer, Features)]
     if decoder.head is None and isinstance(decoder.embed, nn.Embedding):
         weights.append(decoder.embed.weight)
     return {(weight.shape[0], weight.shape[1]) for weight in weights}
