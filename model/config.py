@@ -7,6 +7,11 @@ translation from a checkpoint's own words is done in `families/`.
 from dataclasses import dataclass
 from typing import Literal
 
+from model.kinds import CacheNeeds, Full, Kind, combine
+
+LONGEST_STREAM = 2**22
+"""Tokens of a sequence in a network whose layers have no longest one: as far as its tables of positions reach."""
+
 
 class CheckpointError(ValueError):
     """A model folder that can't be served: the message is one line naming the file, the item, found and expected."""
@@ -61,6 +66,7 @@ class ModelConfig:
     qk_norm: bool = False
     tied_head: bool = True
     windows: tuple[int | None, ...] = ()  # keys a layer sees, its own included; None = all; () = all in every layer
+    attention: tuple[Kind, ...] = ()  # of each layer; () = full attention, or as `windows` say, in every layer
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     dtype: str = "float32"  # the checkpoint's own
@@ -82,6 +88,26 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """The attention window of a layer in tokens, None for full attention."""
         return self.windows[layer] if self.windows else None
+
+    def kind(self, layer: int) -> Kind:
+        """How a layer mixes tokens."""
+        return self.attention[layer] if self.attention else Full()
+
+    @property
+    def cached_layers(self) -> tuple[int, ...]:
+        """Layers whose keys and values are in cache blocks."""
+        return tuple(i for i in range(self.num_layers) if self.kind(i).is_cached)
+
+    @property
+    def cache_needs(self) -> CacheNeeds:
+        """Of all layers together: a block holds a token's keys and values of every layer."""
+        return combine(kind.needs() for kind in self.attention) if self.attention else CacheNeeds()
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence may have."""
+        endless = self.attention and not any(kind.is_full for kind in self.attention)
+        return LONGEST_STREAM if endless else self.max_position
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +137,7 @@ class EngineConfig:
     native: bool = True  # on a CPU: a step in one call of the native core, where it was built
     quantize: str = "none"  # or "int8": weights of linear layers, one byte each
     deterministic: bool = False  # in 16 bits and on a GPU: slower products whose rows don't depend on the batch
+    needs: CacheNeeds = CacheNeeds()  # which of a sequence's tokens stay in blocks: the network's own
 
     @property
     def number_format(self) -> str:

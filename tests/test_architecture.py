@@ -13,7 +13,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 GRAMMAR = ("model.grammar", "model.grammar_check")
-HALL = ("model.request", "model.config", "model.chat_template", "model.tokenizer", "model.assemble", *GRAMMAR)
+HALL = (
+    "model.request",
+    "model.config",
+    "model.kinds",
+    "model.chat_template",
+    "model.tokenizer",
+    "model.assemble",
+    *GRAMMAR,
+)
 COMMON = ("service.settings", "service.errors", "service.metrics", "service.logs", "service.traces", "model.request")
 ENGINE = (
     "model.cache",
@@ -28,15 +36,16 @@ ENGINE = (
 # room -> the rooms of ours it may import; its own modules always; the longest matching name is the room
 ALLOWED: dict[str, tuple[str, ...]] = {
     "model.request": (),
-    "model.config": (),
+    "model.config": ("model.kinds",),
+    "model.kinds": (),
     "model.chat_template": ("model.config",),
     "model.tokenizer": ("model.config", "model.chat_template"),
     "model.assemble": ("model.request", "model.tokenizer"),
     "model.grammar": ("model.request",),
     "model.grammar_check": ("model.request", "model.grammar"),
     "model.fingerprint": (),
-    "model.families": ("model.config",),
-    "model.nn": ("model.config", "model.cache.store", "model.cache.cross"),
+    "model.families": ("model.config", "model.kinds"),
+    "model.nn": ("model.config", "model.kinds", "model.cache.store", "model.cache.cross", "model.cache.states"),
     "model.native": ("model.config", "model.nn.decoder", "model.nn.quantized", "model.cache.store"),
     "model.cache": ("model.config",),
     "model.sampling": ("model.request",),

@@ -7,7 +7,7 @@ from model.config import ModelConfig
 
 
 class PagedStore:
-    """Keys and values of all layers: `keys`, `values` [layers, kv_heads, num_blocks, block_size, head_dim].
+    """`keys`, `values` [layers, kv_heads, num_blocks, block_size, head_dim] of all layers that have some.
 
     Heads come before blocks so that gathering a sequence's blocks gives contiguous [kv_heads, tokens, head_dim].
     It starts as zeros and must never keep a NaN: masked keys are multiplied by zero, and 0 * NaN is NaN.
@@ -16,7 +16,8 @@ class PagedStore:
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (config.num_layers, config.num_kv_heads, num_blocks, block_size, config.head_dim)
+        self._line = {layer: i for i, layer in enumerate(config.cached_layers)}
+        shape = (len(self._line), config.num_kv_heads, num_blocks, block_size, config.head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -24,8 +25,9 @@ class PagedStore:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [n, kv_heads, head_dim] at flat positions `slots` [n]."""
-        self.keys[layer].flatten(1, 2).index_copy_(1, slots, k.transpose(0, 1))
-        self.values[layer].flatten(1, 2).index_copy_(1, slots, v.transpose(0, 1))
+        at = self._line[layer]
+        self.keys[at].flatten(1, 2).index_copy_(1, slots, k.transpose(0, 1))
+        self.values[at].flatten(1, 2).index_copy_(1, slots, v.transpose(0, 1))
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of blocks [m], each [kv_heads, m * block_size, head_dim].
@@ -33,11 +35,11 @@ class PagedStore:
         Heads and blocks are one dimension of whole rows here: selecting rows copies each in one piece, four times as
         fast as selecting along the second dimension.
         """
-        heads, _, _, head_dim = self.keys[layer].shape
+        at, (_, heads, _, _, head_dim) = self._line[layer], self.keys.shape
         rows = (torch.arange(heads, device=blocks.device)[:, None] * self.num_blocks + blocks).flatten()
         shape = (heads, blocks.numel() * self.block_size, head_dim)
         keys, values = (
-            cache[layer].view(heads * self.num_blocks, -1).index_select(0, rows).view(shape)
+            cache[at].view(heads * self.num_blocks, -1).index_select(0, rows).view(shape)
             for cache in (self.keys, self.values)
         )
         return keys, values
@@ -50,4 +52,4 @@ class PagedStore:
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes that one block takes over all layers, keys and values."""
-    return 2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
+    return 2 * len(config.cached_layers) * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize

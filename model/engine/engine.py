@@ -25,7 +25,7 @@ from model.engine.paths import StepRunner, make_runner
 from model.engine.runner import Computed
 from model.engine.scheduler import Chunk, Outcome, Scheduler, StepPlan
 from model.engine.sequence import Sequence
-from model.engine.sizing import check_quantize, choose_device, choose_dtype, size_engine
+from model.engine.sizing import check_quantize, choose_device, choose_dtype, size_engine, with_needs
 from model.families.registry import read_config
 from model.grammar import Grammars
 from model.nn.decoder import Decoder, as_dtype
@@ -71,8 +71,7 @@ class Engine:
     def __init__(
         self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig, runner: StepRunner | None = None
     ) -> None:
-        if not decoder.config.shares_prefixes:
-            config = replace(config, prefix_cache=False)
+        config = with_needs(config, decoder.config)
         self.tokenizer, self.config = tokenizer, config
         self.start_id = decoder.config.start_id
         self.scheduler = Scheduler(config)

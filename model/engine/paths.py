@@ -41,6 +41,10 @@ def make_runner(decoder: Decoder, config: EngineConfig, drop: bool = False) -> S
 
     `drop`: the runner may take the decoder's matrices away, so that weights it packs are in memory once.
     """
+    if decoder.config.attention:
+        shares = "" if decoder.config.cache_needs.is_shareable else "; nothing is shared between common beginnings"
+        logger.warning("layers of other kinds than full attention are computed in plain PyTorch%s", shares)
+        return Runner(decoder, config)
     if not config.device.startswith("cuda"):
         return (_make_native(decoder, config, drop) if config.native else None) or Runner(decoder, config)
     reason: str | None = "triton is not installed"

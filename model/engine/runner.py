@@ -10,14 +10,17 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from model.cache.states import StateStore
 from model.cache.store import PagedStore
 from model.config import EngineConfig
 from model.engine.scheduler import Chunk, StepPlan
 from model.engine.sequence import Sequence
 from model.engine.sources import Sources
+from model.engine.stream_groups import StreamGroups
 from model.nn.attention import PagedAttention
 from model.nn.batch import TILE, AttentionGroup, ForwardBatch, pad_rows
 from model.nn.decoder import Decoder, as_dtype, product_shapes
+from model.nn.mixers import inner_products
 from model.nn.pieces import Pieces, agreeing_counts
 from model.nn.reading import PagedReading
 from model.nn.rows import attention_rows, linear_rows
@@ -48,14 +51,18 @@ class Runner:
         matrices = product_shapes(decoder)
         self.row_multiple = linear_rows(matrices, self.device, dtype)
         shape, fixed = decoder.config, self.device.type == "cpu" and (dtype == torch.float32 or config.deterministic)
-        self.attention_rows = attention_rows(shape.head_dim, TILE, shape.num_kv_heads, dtype) if fixed else 1
+        self.attention_rows = 1
+        if fixed:
+            products = inner_products(shape)
+            self.attention_rows = max(attention_rows(k, n, shape.num_kv_heads, dtype) for k, n in products)
+        self.states = StateStore(shape, config.max_num_seqs, self.device)
+        self.streams = StreamGroups(decoder, config.block_size, self.device)
         self.pieces: Pieces = {}
         if fixed and dtype != torch.float32:
             most = {shape.vocab_size: config.max_num_seqs}  # rows of the head are of sequences, not tokens
             self.pieces = {
                 each: agreeing_counts(each, dtype, most.get(each[0], config.max_batch_tokens)) for each in matrices
             }
-
         self.sources: Sources | None = None
         if decoder.encoder is not None:
             self.sources = Sources(decoder, config, self.row_multiple, self.attention_rows, self.pieces)
@@ -95,7 +102,7 @@ class Runner:
     def _ops(self, plan: StepPlan, batch: ForwardBatch) -> PagedAttention:
         """How the decoder's rows attend; sources that are new are read first."""
         if self.sources is None:
-            return PagedAttention(self.decoder.config, self.store, batch, self.pieces)
+            return PagedAttention(self.decoder.config, self.store, batch, self.pieces, self.states)
         self.sources.read(plan.chunks)
         return PagedReading(self.decoder.config, self.store, self.sources.store, batch, self.pieces)
 
@@ -122,13 +129,14 @@ class Runner:
             blocks = chunk.sequence.blocks
             ids += chunk.sequence.ids(span.start, span.stop)
             positions += span
-            slots += [blocks[at // size] * size + at % size for at in span]
+            if self.streams.has_blocks:
+                slots += [blocks[at // size] * size + at % size for at in span]
             if chunk.draws:
                 wanted.append(len(ids) - 1)
         by_width = sorted(plan.chunks, key=lambda c: (c.num_tokens, -(c.start + c.num_tokens)))
-        groups = tuple(
-            self._group(list(chunks), first_rows) for _, chunks in groupby(by_width, key=lambda c: c.num_tokens)
-        )
+        sets = [list(chunks) for _, chunks in groupby(by_width, key=lambda c: c.num_tokens)]
+        groups = tuple(self._group(chunks, first_rows) for chunks in sets) if self.streams.has_full else ()
+        streams = tuple(self.streams.group(chunks, first_rows) for chunks in sets) if self.streams.kinds else ()
         return ForwardBatch(
             token_ids=pad_rows(self._tensor(ids), self.row_multiple),
             positions=pad_rows(self._tensor(positions), self.row_multiple),
@@ -137,6 +145,8 @@ class Runner:
             groups=groups,
             logit_rows=self._tensor(wanted),
             attention_rows=self.attention_rows,
+            streams=streams,
+            stream_rows=max(self.row_multiple, self.attention_rows),
         )
 
     def _group(self, chunks: list[Chunk], first_rows: dict[int, int]) -> AttentionGroup:

@@ -21,6 +21,7 @@ from model.config import EngineConfig
 from model.engine.line import Line
 from model.engine.pace import Pace
 from model.engine.prefix import Prefixes
+from model.engine.reach import Reach
 from model.engine.sequence import Sequence
 from model.request import Finish, FinishReason
 
@@ -70,7 +71,10 @@ class Scheduler:
         # Each running sequence is worth at least one token in each step, so none has to take turns.
         self._num_seats = min(config.max_num_seqs, config.max_batch_tokens)
         self._free_slots = list(range(self._num_seats))
-        self._num_fit = config.num_blocks * config.block_size  # tokens that a sequence may have
+        self._reach = Reach(config.needs, config.block_size)
+        fits = self._reach.num_least <= config.num_blocks
+        # Tokens that a sequence may have.
+        self._num_fit = config.max_model_len if fits else config.num_blocks * config.block_size
         self._num_added = 0
         self._by_id: dict[str, Sequence] = {}
         self._waiting = Line(self.owns)
@@ -122,7 +126,7 @@ class Scheduler:
 
     def spoil(self, sequence: Sequence) -> None:
         """Its numbers turned out not to be finite: nobody shall find its blocks, not even those that looked good."""
-        self.pool.forget(sequence.blocks)
+        self.pool.forget(sequence.owned())
 
     def plan(self) -> StepPlan:
         """Choose the next step's chunks and give them blocks, best rank first.
@@ -165,7 +169,7 @@ class Scheduler:
             is_read |= cost > 1
             end = start + num_tokens
             # Ledger: free blocks become the sequence's, just enough for the tokens of this chunk.
-            sequence.blocks += self.pool.take(self._num_blocks(end) - len(sequence.blocks))
+            sequence.blocks += self.pool.take(self._reach.num_places(end) - len(sequence.blocks))
             if num_tokens > 1 and self._config.prefix_cache:
                 self.prefixes.promise(sequence, start, end)
             chunks.append(Chunk(sequence, start, num_tokens, draws=num_tokens == gap))
@@ -216,7 +220,7 @@ class Scheduler:
 
     def _at_its_end(self, sequence: Sequence) -> bool:
         """It has a pending id, and will end when that is committed: there is nothing more to compute."""
-        return sequence.at_its_end or self._num_blocks(sequence.num_total) > self.pool.num_blocks
+        return sequence.at_its_end or self._reach.num_needed(sequence.num_total) > self.pool.num_blocks
 
     def _line(self) -> tuple[deque[tuple[Sequence, int]], int]:
         """Those who run and have something to compute, with what it costs, best rank first; and how many are one token
@@ -229,6 +233,9 @@ class Scheduler:
                 continue
             if gap > size:
                 self.prefixes.adopt(sequence, self.prefixes.matching(sequence))
+            if self._reach.slides:
+                # Ledger: its blocks that no token from here on needs -> free.
+                self.pool.give_back(self._reach.slide(sequence))
             cost = sequence.cost
             num_single += cost == 1
             line.append((sequence, cost))
@@ -263,7 +270,7 @@ class Scheduler:
 
     def _num_owed(self, sequence: Sequence) -> int:
         """Blocks that it has yet to get for all that is known of it, and one more."""
-        return self._num_blocks(sequence.num_total) + 1 - len(sequence.blocks)
+        return max(0, self._reach.num_wanted(sequence.num_total, self._config.max_batch_tokens) - sequence.num_owned)
 
     def _unseat(self, sequence: Sequence) -> bool:
         """It does not run any more. False: it did not."""
@@ -287,13 +294,13 @@ class Scheduler:
 
     def _free(self, sequence: Sequence) -> None:
         # Ledger: the sequence is no longer an owner of its blocks.
-        self.pool.give_back(sequence.blocks)
+        self.pool.give_back(sequence.owned())
         sequence.num_seen = max(sequence.num_seen, sequence.num_computed)
-        sequence.blocks, sequence.num_computed = [], 0
+        sequence.blocks, sequence.held_back, sequence.num_slid, sequence.num_computed = [], [], 0, 0
 
     def _misfit(self, sequence: Sequence) -> Finish | None:
         """The error for a sequence whose known tokens need more blocks than there are, None if they fit."""
-        num_needed = self._num_blocks(sequence.num_total)
+        num_needed = self._reach.num_needed(sequence.num_total)
         if num_needed <= self.pool.num_blocks:
             return None
         return Finish(
@@ -302,10 +309,9 @@ class Scheduler:
             f"and the cache has {self.pool.num_blocks}",
         )
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.block_size)
-
     def _room(self, sequence: Sequence) -> int:
         """Tokens the sequence can still compute in its own blocks and all free ones."""
+        if not self._reach.num_least:
+            return self._config.max_batch_tokens
         num_blocks = len(sequence.blocks) + self.pool.num_free
         return num_blocks * self._config.block_size - sequence.num_computed

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from model.grammar import Matcher
 from model.request import Finish, FinishReason, Request
 
+HOLE = -1
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """`output_ids` may hold ids from the start, when another worker began the request.
 
-    `num_computed` counts the first tokens, of prompt and output together, whose keys and values are in `blocks`.
+    `num_computed` counts the first tokens, of prompt and output together, whose keys and values are in `blocks`, or
+    were: a block that no later token needs is given back and leaves a hole, HOLE, in its place.
     `num_pending` is 1 while an id has been drawn, or is about to be, that the host has not seen yet.
     """
 
@@ -22,6 +25,8 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    num_slid: int = 0  # first blocks of which all are holes but `held_back`
+    held_back: list[int] = field(default_factory=list)  # places in `blocks`
     slot: int = -1  # while it runs: a number that no other running sequence has
     num_pending: int = 0
     arrival: int = 0  # number of sequences added before this one
@@ -57,6 +62,15 @@ class Sequence:
     def rank(self) -> tuple[int, int]:
         """Smaller is served first and preempted last."""
         return self.request.priority, self.arrival
+
+    @property
+    def num_owned(self) -> int:
+        """Blocks that it has: all but the holes."""
+        return len(self.blocks) - self.num_slid + len(self.held_back)
+
+    def owned(self) -> list[int]:
+        """These blocks."""
+        return [block for block in self.blocks if block != HOLE] if self.num_slid else self.blocks
 
     def ids(self, start: int, stop: int) -> list[int]:
         """Ids at positions `start` .. `stop` - 1 of prompt and output; a pending one is missing at the end."""

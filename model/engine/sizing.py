@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from model.cache.cross import bytes_per_slot
+from model.cache import cross, states
 from model.cache.store import bytes_per_block
 from model.config import EngineConfig, EngineConfigError, ModelConfig
+from model.engine.reach import Reach
 from model.nn.batch import TILE
 from model.nn.decoder import as_dtype
 
@@ -54,28 +55,42 @@ def size_engine(
 ) -> EngineConfig:
     """An engine configuration whose cache fits: `cache_gib` if given, else what all seats can use, within memory."""
     length = max_model_len or config.max_position
-    if length > config.max_position:
+    if length > config.longest:
         raise EngineConfigError(
-            f"--max-model-len {length}: the checkpoint's positions end at {config.max_position}; use at most that"
+            f"--max-model-len {length}: the checkpoint's positions end at {config.longest}; use at most that"
         )
     tokens = max_batch_tokens or (DEVICE_BATCH_TOKENS if device == "cuda" else HOST_BATCH_TOKENS)
     engine = EngineConfig(device, dtype, length, max_num_seqs, max(tokens, max_num_seqs), quantize=quantize)
+    engine = with_needs(engine, config)
     per_block = bytes_per_block(config, engine.block_size, as_dtype(dtype))
+    reach = Reach(engine.needs, engine.block_size)
+    num_least = reach.num_needed(length)
+    if not num_least:
+        return engine
     if cache_gib is None:
-        wanted = max_num_seqs * -(-length // engine.block_size) * per_block
+        wanted = max_num_seqs * min(reach.num_places(length), reach.num_wanted(length, tokens)) * per_block
         room = _free_bytes(config, engine)
         where = f"{room / GIB:.2f} GiB are left for the cache"
     else:
         wanted = room = int(cache_gib * GIB)
         where = f"--cache-gib {cache_gib:g}"
     num_blocks = min(wanted, room) // per_block
-    if num_blocks * engine.block_size < length:
+    if num_blocks < num_least:
+        needed = min(length, num_least * engine.block_size)
         raise EngineConfigError(
-            f"{where}: that holds {max(num_blocks, 0) * engine.block_size} tokens, one sequence may need {length}; "
-            f"use --max-model-len {max(num_blocks * engine.block_size, 1)} or less, "
-            f"or --cache-gib {length * per_block / engine.block_size / GIB:.3f} or more"
+            f"{where}: that holds {max(num_blocks, 0) * engine.block_size} tokens, one sequence may need "
+            f"{needed}; use --max-model-len {max(num_blocks * engine.block_size, 1)} or less, "
+            f"or --cache-gib {needed * per_block / engine.block_size / GIB:.3f} or more"
         )
     return replace(engine, num_blocks=num_blocks)
+
+
+def with_needs(engine: EngineConfig, config: ModelConfig) -> EngineConfig:
+    """The engine's configuration for this network: which tokens stay in blocks, and no sharing of what can't be."""
+    needs = config.cache_needs
+    return replace(
+        engine, needs=needs, prefix_cache=engine.prefix_cache and needs.is_shareable and config.shares_prefixes
+    )
 
 
 def peak_bytes(config: ModelConfig, engine: EngineConfig) -> int:
@@ -88,10 +103,10 @@ def peak_bytes(config: ModelConfig, engine: EngineConfig) -> int:
     attention = rows * config.num_heads * 4 * (3 * TILE + 3 * config.head_dim)
     gathered = 2 * engine.max_num_seqs * TILE * config.num_kv_heads * config.head_dim * item
     logits = engine.max_num_seqs * config.vocab_size * 4 * 5
-    slots = engine.max_num_seqs * bytes_per_slot(config, engine.max_model_len, as_dtype(engine.dtype))
+    slot = cross.bytes_per_slot(config, engine.max_model_len, as_dtype(engine.dtype)) + states.bytes_per_slot(config)
     # A GPU's kernels split each sequence's keys into at most 32 spans and keep a result of each for every head.
     spans = engine.max_num_seqs * config.num_heads * 32 * (config.head_dim + 2) * 4 if engine.device == "cuda" else 0
-    return layer + attention + gathered + logits + spans + slots
+    return layer + attention + gathered + logits + spans + engine.max_num_seqs * slot
 
 
 def _free_bytes(config: ModelConfig, engine: EngineConfig) -> int:

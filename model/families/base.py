@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from model.config import ModelConfig, Rope, RopeScaling
+from model.config import CheckpointError, ModelConfig, Rope, RopeScaling
 from model.families.fields import Fields, shown
+from model.kinds import Full, Kind, Lstm, RecurrentMemory, read_kind
 
 ACTIVATIONS: Mapping[str, Any] = {
     "silu": "silu",
@@ -62,6 +63,7 @@ class Family:
     sliding: Literal["never", "all", "some"] = "never"  # which layers may have a window
     activations: Mapping[str, Any] = field(default_factory=lambda: ACTIVATIONS)
     plain: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # `names` where the MLP is not gated
+    mixed: bool = False  # a key `attention` has a word for the kind of each layer
     transposed: frozenset[str] = frozenset()  # our modules whose weights the checkpoint stores [in, out]
 
     def read_config(self, raw: Mapping[str, object], source: str = "config.json") -> ModelConfig:
@@ -84,6 +86,7 @@ class Family:
             activation=found.word(self.keys["activation"], self.activations),
             tied_head=found.flag("tie_word_embeddings"),
             windows=_read_windows(found, self.sliding, values["num_layers"]),
+            attention=_read_kinds(found, values["num_layers"]) if self.mixed else (),
             bos_id=next(iter(found.ids("bos_token_id", values["vocab_size"])), None),
             eos_ids=found.ids("eos_token_id", values["vocab_size"]),
             start_id=self._start(found, values["vocab_size"]),
@@ -104,6 +107,8 @@ class Family:
         if config.position == "rope":
             raw["rope_parameters"] = _write_rope(config.rope)
         raw |= _write_windows(config, self.sliding)
+        if self.mixed:
+            raw["attention"] = [kind.word for kind in config.attention]
         back = self.read_config(raw)
         lost = [f.name for f in fields(config) if getattr(back, f.name) != getattr(config, f.name)]
         if lost:
@@ -171,23 +176,33 @@ def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int | 
         if num_layers and config.position == "relative":
             yield f"{side}relative", (config.relative_buckets,), config.num_heads, False
         for i in range(num_layers):
-            yield from _layer(config, f"{side}layers.{i}", reads=bool(config.encoder_layers) and not side)
+            kind = Full() if side else config.kind(i)
+            yield from _layer(config, f"{side}layers.{i}", kind, reads=bool(config.encoder_layers) and not side)
         if num_layers and not config.post_norm:
             yield f"{side}norm", (hidden,), None, bias
     if not config.tied_head:
         yield "head", (config.vocab_size,), hidden, False
 
 
-def _layer(config: ModelConfig, name: str, reads: bool) -> Iterator[tuple[str, tuple[int, ...], int | None, bool]]:
+def _layer(
+    config: ModelConfig, name: str, kind: Kind, reads: bool
+) -> Iterator[tuple[str, tuple[int, ...], int | None, bool]]:
     """The modules of one layer; `reads`: it attends to what an encoder made."""
     hidden, inner, bias = config.hidden_size, config.intermediate_size, config.norm == "layernorm"
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield f"{name}.attn_norm", (hidden,), None, bias
-    yield f"{name}.attn.qkv", (heads, kv, kv), hidden, config.qkv_bias
+    if isinstance(kind, Lstm):
+        yield f"{name}.attn.input", (4 * kind.width,), hidden, True
+        yield f"{name}.attn.recurrent", (4 * kind.width,), kind.width, False
+    else:
+        yield f"{name}.attn.qkv", (heads, kv, kv), hidden, config.qkv_bias
     if config.qk_norm:
         yield f"{name}.attn.q_norm", (config.head_dim,), None, False
         yield f"{name}.attn.k_norm", (config.head_dim,), None, False
-    yield f"{name}.attn.out", (hidden,), heads, config.out_bias
+    if isinstance(kind, RecurrentMemory):
+        yield f"{name}.attn.relative", (kv,), hidden, False
+        yield f"{name}.attn.shift", (2,), heads, False
+    yield f"{name}.attn.out", (hidden,), kind.width if isinstance(kind, Lstm) else heads, config.out_bias
     if reads:
         yield f"{name}.cross_norm", (hidden,), None, bias
         yield f"{name}.cross.q", (heads,), hidden, config.qkv_bias
@@ -196,6 +211,17 @@ def _layer(config: ModelConfig, name: str, reads: bool) -> Iterator[tuple[str, t
     yield f"{name}.mlp_norm", (hidden,), None, bias
     yield f"{name}.mlp.up", (inner,) * (2 if config.gated_mlp else 1), hidden, config.mlp_bias
     yield f"{name}.mlp.down", (hidden,), inner, config.mlp_bias
+
+
+def _read_kinds(found: Fields, num_layers: int) -> tuple[Kind, ...]:
+    """Each layer's kind."""
+    words = found.raw.get("attention")
+    if not isinstance(words, list) or len(words) != num_layers:
+        found.fail("attention", f"a list with a word for each of {num_layers} layers")
+    try:
+        return tuple(read_kind(str(word)) for word in words)
+    except ValueError as error:
+        raise CheckpointError(f"{found.source}: attention: {error}") from error
 
 
 def _read_rope(found: Fields, max_position: int) -> Rope:

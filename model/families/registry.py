@@ -13,11 +13,12 @@ from model.families.llama import LLAMA
 from model.families.mistral import MISTRAL
 from model.families.qwen2 import QWEN2
 from model.families.qwen3 import QWEN3
+from model.families.streams import STREAMS
 from model.families.t5 import T5
 from model.families.transformer import TRANSFORMER
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, T5, TRANSFORMER)
+    family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, T5, TRANSFORMER, STREAMS)
 }
 
 

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.cache.states import StateStore
 from model.cache.store import PagedStore
 from model.config import ModelConfig
 from model.nn.batch import TILE, AttentionGroup, ForwardBatch
 from model.nn.norm import RMSNorm
-from model.nn.ops import Heads, Ops, Places, Weight
+from model.nn.ops import Cell, Heads, Look, Ops, Places, Weight
 from model.nn.pieces import Pieces, by_pieces
 from model.nn.relative import lookup
+from model.nn.streams import advance_all, recall_all, recall_tiles
 from model.nn.tiles import Reduction, scale_of
 
 
@@ -66,19 +68,31 @@ class DenseAttention(Ops):
         )  # fmt: skip
         return mixed.transpose(1, 2).reshape(self.b * self.t, -1, self.config.head_dim)
 
+    def recur(self, layer: int, cell: Cell, x: Tensor) -> Tensor:
+        return cell.parallel(x.view(self.b, self.t, -1)).reshape(self.b * self.t, -1)
+
+    def recall(self, layer: int, look: Look, queries: tuple[Tensor, ...], k: Tensor, v: Tensor) -> Tensor:
+        *all_queries, k, v = (x.view(self.b, self.t, -1, self.config.head_dim) for x in (*queries, k, v))
+        return recall_all(look, tuple(all_queries), k, v, self.dropout).flatten(0, 1)
+
 
 class PagedAttention(Ops):
     """Causal attention over the paged cache. New keys and values are written first, so a row sees itself.
 
     Each sequence's keys are reduced tile by tile, in order (`tiles.py`). A tile that is masked for a row changes
     nothing, to the bit, so neither the length of batch mates nor the size of a prefill chunk can show in a result.
-    Linear layers are computed in `pieces`.
+    Linear layers are computed in `pieces`. `states`: of layers that have some.
     """
 
     def __init__(
-        self, config: ModelConfig, store: PagedStore, batch: ForwardBatch, pieces: Pieces = MappingProxyType({})
+        self,
+        config: ModelConfig,
+        store: PagedStore,
+        batch: ForwardBatch,
+        pieces: Pieces = MappingProxyType({}),
+        states: StateStore | None = None,
     ) -> None:
-        self.config, self.store, self.batch, self.pieces = config, store, batch, pieces
+        self.config, self.store, self.batch, self.pieces, self.states = config, store, batch, pieces, states
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, Tensor) and (counts := self.pieces.get(tuple(weight.shape))):
@@ -92,6 +106,19 @@ class PagedAttention(Ops):
         mixed = torch.zeros_like(q)
         for group in self.batch.groups:
             mixed[group.rows] = self._attend(layer, q[group.rows], group, heads.relative)
+        return mixed
+
+    def recur(self, layer: int, cell: Cell, x: Tensor) -> Tensor:
+        assert self.states is not None, "a runner without states"
+        return advance_all(cell, layer, x, self.batch, self.states, self)
+
+    def recall(self, layer: int, look: Look, queries: tuple[Tensor, ...], k: Tensor, v: Tensor) -> Tensor:
+        n = self.batch.num_rows
+        self.store.write(layer, self.batch.slots, k[:n], v[:n])
+        mixed = torch.zeros_like(queries[0])
+        for group in self.batch.streams:
+            rows, reach = tuple(each[group.rows] for each in queries), group.reaches[self.config.kind(layer)]
+            mixed[group.rows] = recall_tiles(look, group, reach, self.store, layer, rows, self.batch.attention_rows)
         return mixed
 
     def _attend(self, layer: int, q: Tensor, group: AttentionGroup, table: Tensor | None) -> Tensor:

@@ -3,10 +3,13 @@
 Rows are tokens. Their number is padded to a fixed multiple (see `rows.py`); only the first `num_rows` are real.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from model.kinds import Kind
 
 TILE = 128
 """Keys reduced at once by attention. Fixed, so that a sequence's sums are grouped the same way in every batch."""
@@ -28,10 +31,35 @@ class AttentionGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """Where the rows of a group find the keys that one kind of layer lets them see: in `tiles` [b, n], -1 where a
+    sequence has fewer, of blocks `tables` [b, n * TILE / block_size]. `kept` [b, t, num_random] are the rows' random
+    blocks. A block that the sequence has given back stands as 0: what is in it is masked."""
+
+    tiles: Tensor
+    tables: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StreamGroup:
+    """Sequences that compute the same number of new tokens: `rows`, `positions` [b, t]. Their states are in `slots`
+    [b], but for those of `is_new` [b], which begin. `starts` are the first positions, as numbers."""
+
+    rows: Tensor
+    positions: Tensor
+    slots: Tensor
+    is_new: Tensor
+    starts: tuple[int, ...]
+    reaches: Mapping[Kind, Reach]
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """One step. `token_ids`, `positions` are int64 [padded rows]; `slots` int64 [num_rows] are flat cache positions
     (block * block_size + offset); `logit_rows` int64 [m] are the rows whose logits are wanted. `attention_rows` is the
-    multiple that attention pads each sequence's query rows to."""
+    multiple that attention pads each sequence's query rows to. `groups` are for full attention, `streams` for all other
+    kinds of layers, whose own products have a multiple of `stream_rows` rows."""
 
     token_ids: Tensor
     positions: Tensor
@@ -40,6 +68,8 @@ class ForwardBatch:
     groups: tuple[AttentionGroup, ...]
     logit_rows: Tensor
     attention_rows: int
+    streams: tuple[StreamGroup, ...] = ()
+    stream_rows: int = 1
 
 
 ROWS_PER_PIECE = 64

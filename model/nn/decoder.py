@@ -5,11 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kinds import Full, Linear
 from model.nn.cross import KeysValues
 from model.nn.encoder import Encoder
+from model.nn.favor import Features
 from model.nn.layer import Layer, make_last_norm, make_layers, run_layers
 from model.nn.ops import Ops, Places
-from model.nn.positions import Rotary, SinusoidalPositions
+from model.nn.positions import LongRotary, Rotary, SinusoidalPositions
 from model.nn.relative import RelativeBias
 
 
@@ -25,7 +27,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions: nn.Module | None = None
-        self.rotary: Rotary | None = None
+        self.rotary: Rotary | LongRotary | None = None
         self.relative: RelativeBias | None = None
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_position, config.hidden_size)
@@ -33,8 +35,10 @@ class Decoder(nn.Module):
             self.positions = SinusoidalPositions(config.max_position, config.hidden_size)
         elif config.position == "relative":
             self.relative = RelativeBias(config.relative_buckets, config.relative_distance, config.num_heads, False)
-        else:
-            self.rotary = Rotary(config.rope, config.head_dim, config.max_position)
+        elif any(isinstance(config.kind(i), Full | Linear) for i in range(config.num_layers)):
+            endless = config.longest > config.max_position
+            make = LongRotary if endless else Rotary
+            self.rotary = make(config.rope, config.head_dim, config.longest)
         self.dropout = nn.Dropout(dropout)
         self.layers = make_layers(config, config.num_layers, dropout, reads=config.encoder_layers > 0)
         self.norm = make_last_norm(config)
@@ -84,6 +88,7 @@ def num_parameters(decoder: nn.Module) -> int:
 def product_shapes(decoder: Decoder) -> set[tuple[int, int]]:
     """Shapes (out, in) of the weights that rows are multiplied by, but for quantised ones."""
     weights = [layer.weight for layer in decoder.modules() if isinstance(layer, nn.Linear)]
+    weights += [layer.get_buffer("weight") for layer in decoder.modules() if isinstance(layer, Features)]
     if decoder.head is None and isinstance(decoder.embed, nn.Embedding):
         weights.append(decoder.embed.weight)
     return {(weight.shape[0], weight.shape[1]) for weight in weights}

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.nn.attention import Attention
 from model.nn.cross import CrossAttention
+from model.nn.mixers import make_mixer
 from model.nn.mlp import Mlp
 from model.nn.norm import make_norm
 from model.nn.ops import Ops, Places
@@ -20,7 +20,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, dropout: float, reads: bool = False) -> None:
         super().__init__()
         self.attn_norm = make_norm(config, config.hidden_size)
-        self.attn = Attention(config, index)
+        self.attn = make_mixer(config, index)
         self.cross_norm = make_norm(config, config.hidden_size) if reads else None
         self.cross = CrossAttention(config, index) if reads else None
         self.mlp_norm = make_norm(config, config.hidden_size)

@@ -6,11 +6,13 @@ what training uses, what runs everywhere, and what every kernel is compared with
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.cache.states import State
 from model.nn.activations import ACTIVATIONS
 from model.nn.norm import RMSNorm
 from model.nn.positions import rotate
@@ -57,6 +59,14 @@ class Ops(ABC):
         """Mixed values [n, heads, d] of queries q [n, heads, d] to the sources of their sequences."""
         raise NotImplementedError("nobody gave this pass a source")
 
+    def recur(self, layer: int, cell: "Cell", x: Tensor) -> Tensor:
+        """Rows x [n, in] through a layer that carries a state from token to token -> [n, out]."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no states")
+
+    def recall(self, layer: int, look: "Look", queries: tuple[Tensor, ...], k: Tensor, v: Tensor) -> Tensor:
+        """Values mixed as `look` scores keys: queries [n, heads, d], k, v [n, kv_heads, d] -> [n, heads, d]."""
+        raise NotImplementedError(f"{type(self).__name__} has one way to score keys")
+
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [n, k] by weight [m, k] -> [n, m]."""
         return weight.linear(x, bias) if isinstance(weight, Int8Weight) else F.linear(x, weight, bias)
@@ -70,3 +80,41 @@ class Ops(ABC):
         """activation(first half) * second half of h [n, 2 * width] -> [n, width]."""
         gate, up = h.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate) * up
+
+
+class Cell(Protocol):
+    """What carries a state. Rows are float32 or the network's dtype, as the layer made them."""
+
+    def parallel(self, x: Tensor) -> Tensor:
+        """x [b, t, in] of whole sequences -> [b, t, out]."""
+
+    def advance(self, state: State, x: Tensor, starts: tuple[int, ...], ops: Ops, least: int) -> tuple[Tensor, State]:
+        """The next x [b, t, in] of sequences that have computed `starts` tokens, and their states [b, ...], which it
+        may overwrite -> [b, t, out] and the states after them. Rows of products are padded to a multiple of `least`:
+        what comes out must not depend on how a sequence is cut into calls."""
+
+
+class Look(Protocol):
+    """What scores keys. Queries are [kv_heads, b, rows, d], scaled, where rows that share a kv head follow each other;
+    `at` [b, rows] are their positions."""
+
+    num_random: int
+
+    def first(self, start: int) -> int:
+        """The first key that rows from `start` on may see; a bound."""
+
+    def prepare(self, queries: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What of the queries serves all keys."""
+
+    def scores(self, prepared: tuple[Tensor, ...], keys: Tensor, at: Tensor, first: Tensor) -> Tensor:
+        """Scores [kv_heads, b, rows, TILE] of keys [kv_heads, b, TILE, d] at positions from `first` [b] on."""
+
+    def visible(self, at: Tensor, key_at: Tensor, kept: Tensor) -> Tensor:
+        """Which keys at `key_at` [b, TILE] each row sees, [b, rows, TILE]; `kept` [b, rows, num_random] are its random
+        blocks. A negative position is no key."""
+
+    def blocks(self, position: int) -> tuple[int, ...]:
+        """The `num_random` random blocks that the row at a position sees, -1 for none."""
+
+    def tiles(self, start: int, stop: int) -> list[int]:
+        """All tiles, in order, with keys that rows from `start` to before `stop` see."""

@@ -47,6 +47,30 @@ class Rotary(nn.Module):
         return cos[positions][:, None].to(dtype), sin[positions][:, None].to(dtype)
 
 
+SHORT = 2048
+"""Positions of the finer table of `LongRotary`."""
+
+
+class LongRotary(nn.Module):
+    """As `Rotary`, for positions too many for one table: the turn of position a * SHORT + b is that of a * SHORT and
+    then that of b. Two small tables, made in float64, since float32 can't tell large angles apart."""
+
+    def __init__(self, rope: Rope, head_dim: int, max_position: int) -> None:
+        super().__init__()
+        freqs = inverse_frequencies(rope, head_dim).double()
+        for name, num, stride in (("fine", SHORT, 1), ("coarse", -(-max_position // SHORT), SHORT)):
+            angles = torch.arange(0, num * stride, stride, device="cpu", dtype=torch.float64)[:, None] * freqs
+            table = torch.stack([angles.cos(), angles.sin()]).float()
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [n, 1, d/2] for positions [n]."""
+        cos_a, sin_a = self.get_buffer("coarse")[:, positions // SHORT]
+        cos_b, sin_b = self.get_buffer("fine")[:, positions % SHORT]
+        cos, sin = cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+        return cos[:, None].to(dtype), sin[:, None].to(dtype)
+
+
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Heads x [n, h, d] turned by their rows' angles."""
     cos, sin = angles

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
+from model.kinds import Kind, read_kind
 
 Switches = dict[str, Any]
+STREAMS = "millrace-streams"
+"""The family whose layers may be of several kinds."""
 
 FAMILIES: dict[str, Switches] = {
     "llama": {},
@@ -86,6 +89,10 @@ class TrainConfig:
     head_dim: int = option(0, "size of a head; 0 = width / heads")
     intermediate_size: int = option(0, "width of the MLP; 0 = 3 x width when gated, else 4 x")
     window: int = option(0, "sliding attention window in tokens (mistral only); 0 = none")
+    attention: str = option(
+        "", "kinds of the layers, repeated from the first on: full, window:SIZE:GLOBAL:RANDOM, recurrent-memory:"
+        "SEGMENT:MEMORY, linear:FEATURES or lstm:WIDTH, joined by commas; empty = the family's own"
+    )  # fmt: skip
     untied: bool = option(False, "give the head its own weights")
     context: int = option(1024, "longest sequence the model is trained for, in tokens")
     short_context: int = option(0, "sequence length of the first part of the run; 0 = context")
@@ -132,6 +139,7 @@ class TrainConfig:
             (bool(self.valid_target) and not self.valid, "--valid-target: expected --valid with it"),
             (not 0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: expected 0 to below 1"),
             (head_dim % 2, f"--head-dim {head_dim}: expected an even number"),
+            (self.attention and self.family != "llama", f"--attention: not in family {self.family}"),
             (self.window and self.family != "mistral", f"--window {self.window}: only mistral has one"),
             (self.context % short, f"--short-context {short}: no divisor of --context {self.context}"),
             (
@@ -146,6 +154,16 @@ class TrainConfig:
         for refused, message in refusals:
             if refused:
                 raise OptionError(message)
+        self.kinds()
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """Each layer's kind, () if all are the family's own. Raises OptionError."""
+        words = self.attention.split(",") if self.attention else []
+        try:
+            kinds = [read_kind(word.strip()) for word in words]
+        except ValueError as error:
+            raise OptionError(f"--attention {error}") from error
+        return tuple(kinds[i % len(kinds)] for i in range(self.num_layers)) if kinds else ()
 
     @property
     def is_paired(self) -> bool:
@@ -157,7 +175,7 @@ class TrainConfig:
         switches = FAMILIES[self.family]
         inner = self.hidden_size * (3 if switches.get("gated_mlp", True) else 4)
         return ModelConfig(
-            family=self.family,
+            family=STREAMS if self.attention else self.family,
             vocab_size=vocab_size,
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
@@ -168,6 +186,7 @@ class TrainConfig:
             max_position=self.context,
             tied_head=not self.untied,
             windows=(self.window,) * self.num_layers if self.window else (),
+            attention=self.kinds(),
             bos_id=0,
             eos_ids=(0,),
             dtype=self.dtype,

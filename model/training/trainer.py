@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from model.nn.decoder import Decoder, num_parameters
+from model.nn.lstm import LstmMixer
 from model.training import checkpoint, data
 from model.training.evaluate import Apply
 from model.training.export import export
@@ -34,19 +35,9 @@ Report = Callable[[str], None]
 
 # A run goes on only with these as they were; the others (say, `steps`) may be changed between two starts.
 FIXED = (
-    *(
-        "data",
-        "target",
-        "family",
-        "encoder_layers",
-        "vocab_size",
-        "hidden_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-    ),
-    *("intermediate_size", "window", "untied", "context", "batch_tokens", "optimizer", "seed"),
+    *("data", "target", "family", "encoder_layers", "vocab_size", "hidden_size", "num_layers", "num_heads"),
+    *("num_kv_heads", "head_dim", "intermediate_size", "window", "attention", "untied", "context", "batch_tokens"),
+    *("optimizer", "seed"),
 )
 
 
@@ -75,7 +66,7 @@ def _open_folder(config: TrainConfig, folder: Path) -> None:
     if (config.out / "config.json").exists() and not file.exists():
         raise OptionError(f"--out {config.out}: holds a model that no run of this command made; choose another folder")
     now = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    before = json.loads(file.read_text()) if file.exists() else now
+    before = {"attention": "", **json.loads(file.read_text())} if file.exists() else now
     for name in FIXED:
         if before.get(name) != now[name]:
             raise OptionError(f"--out {config.out}: holds a run with {name} {before.get(name)}, not {now[name]}")
@@ -197,6 +188,9 @@ def initialise(decoder: Decoder) -> None:
         elif parameter.ndim == 2:
             residual = name.endswith(("attn.out.weight", "cross.out.weight", "mlp.down.weight"))
             nn.init.normal_(parameter, std=0.02 / shrink if residual else 0.02)
+    for module in decoder.modules():
+        if isinstance(module, LstmMixer):
+            module.remember()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

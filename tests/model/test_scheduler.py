@@ -9,27 +9,42 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from model.config import EngineConfig
+from model.engine.reach import Reach
 from model.engine.scheduler import Outcome, Scheduler, StepPlan
-from model.engine.sequence import Sequence
+from model.engine.sequence import HOLE, Sequence
+from model.kinds import RANDOM_BLOCK, CacheNeeds
 from model.request import Finish, FinishReason, Request, SamplingParams
 
 ROOMY = EngineConfig(
     max_model_len=100, max_num_seqs=8, max_batch_tokens=10, block_size=4, num_blocks=100, prefix_cache=False
 )
 EOS, STOP_ID = 0, 1
+ALL = CacheNeeds()
 
 
-def next_id(context: list[int]) -> int:
-    return zlib.crc32(bytes(context)) % 16
+def next_id(context: list[int], needs: CacheNeeds = ALL) -> int:
+    return zlib.crc32(bytes(context[at] for at in seen(len(context) - 1, needs))) % 16
+
+
+def seen(position: int, needs: CacheNeeds) -> list[int]:
+    """Positions of the tokens that must be in blocks when the one at `position` is computed."""
+    if needs.num_last is None:
+        return list(range(position + 1))
+    last = needs.num_last
+    found = {*range(min(needs.num_first, position + 1)), *range(max(0, position - last + 1), position + 1)}
+    for block in needs.kept(position):
+        found |= set(range(block * RANDOM_BLOCK, (block + 1) * RANDOM_BLOCK))
+    return sorted(found) if last else []
 
 
 @dataclass
 class Bench:
-    """A scheduler, and a network and a cache that are a dict."""
+    """A scheduler, and a network and a cache that are two dicts. A state is all ids that it has met."""
 
     config: EngineConfig = ROOMY
     scheduler: Scheduler = field(init=False)
     cells: dict[int, int] = field(default_factory=dict)  # flat cache position -> token id
+    states: dict[int, list[int]] = field(default_factory=dict)  # slot -> token ids
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
@@ -49,10 +64,19 @@ class Bench:
         drawn, size = {}, self.config.block_size
         for chunk in plan.chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
-            slots = [sequence.blocks[at // size] * size + at % size for at in range(end)]
-            self.cells.update(zip(slots[chunk.start :], sequence.ids(chunk.start, end), strict=True))
+            needs, state = self.config.needs, sequence.ids(0, end)
+            if not needs.is_shareable:
+                met = self.states.get(sequence.slot, []) if chunk.start else []
+                assert met == state[: chunk.start], "a state of another, or of other tokens"
+                self.states[sequence.slot] = state
+            for at in range(chunk.start, end if sequence.blocks else chunk.start):
+                self.cells[sequence.blocks[at // size] * size + at % size] = state[at]
+            for at in range(chunk.start if needs.num_last else end - 1, end):
+                places = {place: sequence.blocks[place // size] for place in seen(at, needs)}
+                assert HOLE not in places.values(), "a token that is needed was given back"
+                assert all(self.cells[block * size + p % size] == state[p] for p, block in places.items())
             if chunk.draws:
-                drawn[sequence.id] = next_id([self.cells[slot] for slot in slots])
+                drawn[sequence.id] = next_id(state, needs)
         return drawn
 
     def step(self) -> tuple[dict[str, int], list[Outcome]]:
@@ -71,9 +95,9 @@ def alone(request: Request, config: EngineConfig) -> tuple[list[int], Finish]:
             return outputs, Finish(FinishReason.STOP, stop_reason=None if eos else outputs[-1])
         if len(outputs) == sampling.max_tokens or len(context) >= config.max_model_len:
             return outputs, Finish(FinishReason.LENGTH)
-        if len(context) > config.num_blocks * config.block_size:
+        if Reach(config.needs, config.block_size).num_needed(len(context)) > config.num_blocks:
             return outputs, Finish(FinishReason.ERROR)
-        outputs.append(next_id(context))
+        outputs.append(next_id(context, config.needs))
         context.append(outputs[-1])
 
 
@@ -269,16 +293,32 @@ def test_commit_passes_over_a_sequence_finished_since_the_plan() -> None:
     assert [outcome.sequence.id for outcome in bench.scheduler.commit(plan, drawn)] == ["b"]
 
 
+WINDOW_NEEDS = st.builds(
+    lambda first, last, num: CacheNeeds(first, last + (RANDOM_BLOCK if num else 0), ((last, num),) * (num > 0), False),
+    st.integers(0, 5), st.integers(1, 6), st.integers(0, 2),
+)  # fmt: skip
+ANY_NEEDS = st.one_of(st.just(CacheNeeds()), st.just(CacheNeeds(num_last=0, is_shareable=False)), WINDOW_NEEDS)
+
+
 class AnyWorkload(RuleBasedStateMachine):
     """Random requests, priorities, take-overs and cancellations on tiny caches and budgets."""
 
     @initialize(
         num_seqs=st.integers(1, 6), budget=st.integers(1, 12), size=st.integers(1, 4), num_blocks=st.integers(1, 14),
-        max_len=st.integers(2, 30), prefix_cache=st.booleans(),
+        max_len=st.integers(2, 40), prefix_cache=st.booleans(), needs=ANY_NEEDS,
     )  # fmt: skip
-    def start(self, num_seqs: int, budget: int, size: int, num_blocks: int, max_len: int, prefix_cache: bool) -> None:
+    def start(
+        self,
+        num_seqs: int,
+        budget: int,
+        size: int,
+        num_blocks: int,
+        max_len: int,
+        prefix_cache: bool,
+        needs: CacheNeeds,
+    ) -> None:
         config = EngineConfig("cpu", "float32", max_len, num_seqs, budget, size, num_blocks, prefix_cache)
-        self.bench = Bench(config)
+        self.bench = Bench(replace(config, needs=needs, prefix_cache=prefix_cache and needs.is_shareable))
         self.scheduler = self.bench.scheduler
         self.alive: dict[str, Sequence] = {}
         self.num_added = 0
@@ -356,8 +396,9 @@ class AnyWorkload(RuleBasedStateMachine):
             return
         owners: dict[int, list[str]] = {}
         for sequence in self.alive.values():
-            for block in sequence.blocks:
+            for block in sequence.owned():
                 owners.setdefault(block, []).append(sequence.request.tenant)
+            assert len(sequence.owned()) == sequence.num_owned <= self.most_blocks(sequence)
         pool = self.scheduler.pool
         assert {block: pool.num_owners(block) for block in range(pool.num_blocks) if pool.num_owners(block)} == {
             block: len(found) for block, found in owners.items()
@@ -381,7 +422,14 @@ class AnyWorkload(RuleBasedStateMachine):
         assert not self.alive and not self.scheduler.has_work
         assert self.scheduler.pool.num_used == 0
 
+    def most_blocks(self, sequence: Sequence) -> int:
+        """However long it is."""
+        reach = Reach(self.bench.config.needs, self.bench.config.block_size)
+        return reach.num_wanted(sequence.num_total, self.bench.config.max_batch_tokens)
+
     def num_blocks(self, num_tokens: int) -> int:
+        if self.bench.config.needs.num_last == 0:
+            return 0
         return -(-num_tokens // self.bench.config.block_size)
 
 

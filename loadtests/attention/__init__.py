@@ -1,0 +1,1 @@
+"""What the comparison of kinds of layers is made of."""

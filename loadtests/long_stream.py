@@ -1,0 +1,158 @@
+"""One stream of many thousands of tokens over HTTP, on the bundled model's sizes: what each next token costs.
+
+    python -m loadtests.long_stream --tokens 65536
+    python -m loadtests.long_stream --kinds full --tokens 16384
+
+Weights are random: nothing here depends on what they say. Each kind gets a server of its own, one after the other, with
+its limits raised by flags. Told are, at each doubling of the length, the median gap between two tokens over the last
+eighth of the way, the server's resident memory, and what of the cache is in use: full attention grows, the others
+should not. What still grows a little is the request's own log of ids, which a client may read again.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer as Library
+
+from loadtests.client import Stream, note, stream
+from model.cache.states import bytes_per_slot
+from model.cache.store import bytes_per_block
+from model.families.registry import read_config
+from model.kinds import Kind, read_kind
+from model.nn.decoder import Decoder
+from model.training.export import export
+from model.training.trainer import initialise
+
+BUNDLED = Path(__file__).parent.parent / "model" / "bundled"
+KINDS = ("full", "window:256:4:4", "recurrent-memory:128:128", "linear:128", "lstm:142")
+NATIVE = "full, native core"
+BLOCK = 16
+FIRST = 1024  # tokens of the first row
+GAUGE = re.compile(r"^millrace_cache(_free)?_blocks(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One row: after so many tokens."""
+
+    kind: str
+    num_tokens: int
+    gap_ms: float
+    resident_mib: float
+    cache_kib: float
+
+
+def make_folder(kind: str, longest: int, folder: Path) -> Path:
+    """A model folder of the bundled sizes, all of its layers of one kind."""
+    config = read_config(BUNDLED)
+    if kind == NATIVE:
+        config = replace(config, max_position=longest)
+    else:
+        kinds: tuple[Kind, ...] = (read_kind(kind),) * config.num_layers
+        config = replace(config, family="millrace-streams", attention=kinds, max_position=longest)
+    torch.manual_seed(0)
+    decoder = Decoder(config)
+    initialise(decoder)
+    export(decoder, Library.from_file(str(BUNDLED / "tokenizer.json")), "float32", folder)
+    return folder
+
+
+@contextmanager
+def server(folder: Path, longest: int) -> Iterator[tuple[int, int]]:
+    """A server for one stream at a time: its port and process id."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    command = [sys.executable, "-m", "service.cli", "serve", "--model", str(folder), "--port", str(port)]
+    command += ["--max-model-len", str(longest), "--max-num-seqs", "1", "--max-request-s", "86400", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        for _ in range(480):
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended: {process.stderr.read().decode() if process.stderr else ''}")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
+                    break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+        yield port, process.pid
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def resident_mib(pid: int) -> float:
+    """Memory of a process that is not shared with any other."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measure(kind: str, num_tokens: int, folder: Path) -> Iterator[Point]:
+    """Rows of one kind."""
+    longest = num_tokens + 64
+    config = read_config(make_folder(kind, longest, folder))
+    rows: list[tuple[int, float, float]] = []
+    marks = [FIRST * 2**i for i in range(20) if FIRST * 2**i <= num_tokens]
+    with server(folder, longest) as (port, pid):
+
+        def told(result: Stream, event: dict[str, Any]) -> None:
+            note(result, event)
+            if len(rows) < len(marks) and len(result.token_ids) >= marks[len(rows)]:
+                rows.append((len(result.token_ids), resident_mib(pid), cache_kib(port)))
+
+        def cache_kib(port: int) -> float:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+                found = {free: float(number) for free, number in GAUGE.findall(answer.read().decode())}
+            return (
+                (found[""] - found["_free"]) * bytes_per_block(config, BLOCK, torch.float32) + bytes_per_slot(config)
+            ) / 2**10
+
+        asked = {"max_tokens": num_tokens, "ignore_eos": True, "temperature": 1.0, "seed": 1}
+        body: dict[str, object] = {"prompt": "Once upon a time", **asked}
+        done = asyncio.run(stream("127.0.0.1", port, body, note=told))
+    if len(done.token_ids) != num_tokens or done.finish_reason != "length":
+        raise RuntimeError(f"{kind}: {len(done.token_ids)} tokens, {done.finish_reason}")
+    gaps_s = done.gaps_s()
+    for at, memory, cache in rows:
+        yield Point(kind, at, statistics.median(gaps_s[at * 7 // 8 : at]) * 1e3, memory, cache)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--kinds", nargs="+", default=[NATIVE, *KINDS])
+    parser.add_argument("--json", type=Path, help="append each kind's rows to this file, a line of JSON each")
+    args = parser.parse_args()
+    print("| layers | tokens | ms/token | resident MiB | cache and state KiB |\n| --- | ---: | ---: | ---: | ---: |")
+    for kind in args.kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            for point in measure(kind, args.tokens, Path(folder) / "model"):
+                print(
+                    f"| {point.kind} | {point.num_tokens:,} | {point.gap_ms:.2f} | {point.resident_mib:.0f} | "
+                    f"{point.cache_kib:,.0f} |",
+                    flush=True,
+                )
+                if args.json:
+                    with args.json.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(asdict(point)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
