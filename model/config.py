@@ -36,9 +36,13 @@ class Rope:
     scaling: RopeScaling | None = None
 
 
+Pooling = Literal["last", "mean", "cls"]
+"""Which rows of a text become its one vector: the last token's, the mean of all, the first one's."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder. Sizes are counts of numbers; `windows` has one item per layer."""
+    """The shape of a network. Sizes are counts of numbers; `windows` has one item per layer."""
 
     family: str
     vocab_size: int
@@ -64,6 +68,17 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     dtype: str = "float32"  # the checkpoint's own
+    kind: Literal["decoder", "encoder"] = "decoder"  # an encoder's rows see the whole text, and it draws nothing
+    num_segments: int = 0  # kinds of text that an encoder tells apart; one text is all of the first kind
+    labels: tuple[str, ...] = ()  # what an encoder with a classifier tells apart
+    pooling: Pooling = "last"  # of an embedding, where the request names none
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the network can do, as `Request.task` has it."""
+        if self.kind == "decoder":
+            return "generate", "embed"
+        return ("embed", "classify") if self.labels else ("embed",)
 
     def window(self, layer: int) -> int | None:
         """The attention window of a layer in tokens, None for full attention."""

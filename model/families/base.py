@@ -61,6 +61,8 @@ class Family:
     only: Mapping[str, object] = field(default_factory=dict)  # keys of which one value is supported
     sliding: Literal["never", "all", "some"] = "never"  # which layers may have a window
     transposed: frozenset[str] = frozenset()  # our modules whose weights the checkpoint stores [in, out]
+    classifier: str = ""  # the architecture of those that have labels
+    aliases: Mapping[str, str] = field(default_factory=dict)  # older endings of tensor names -> today's
 
     def read_config(self, raw: Mapping[str, object], source: str = "config.json") -> ModelConfig:
         """The meaning of a parsed config.json; unknown keys are ignored. Raises CheckpointError."""
@@ -85,6 +87,7 @@ class Family:
             bos_id=next(iter(found.ids("bos_token_id", values["vocab_size"])), None),
             eos_ids=found.ids("eos_token_id", values["vocab_size"]),
             dtype=next((found.word(key, DTYPES) for key in ("dtype", "torch_dtype") if found.has(key)), "float32"),
+            labels=_read_labels(found) if self._classifies(found) else (),
             **values,
         )
 
@@ -99,6 +102,10 @@ class Family:
         if config.position == "rope":
             raw["rope_parameters"] = _write_rope(config.rope)
         raw |= _write_windows(config, self.sliding)
+        if config.labels:
+            raw["architectures"] = [self.classifier]
+            raw["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
+            raw["label2id"] = {label: i for i, label in enumerate(config.labels)}
         back = self.read_config(raw)
         lost = [f.name for f in fields(config) if getattr(back, f.name) != getattr(config, f.name)]
         if lost:
@@ -110,6 +117,10 @@ class Family:
         """One rule for each parameter of the decoder that `config` describes."""
         return tuple(self._rules(config))
 
+    def _classifies(self, found: Fields) -> bool:
+        architectures = found.raw.get("architectures")
+        return bool(self.classifier) and isinstance(architectures, list) and self.classifier in architectures
+
     def _sizes(self, found: Fields) -> dict[str, Any]:
         keys = self.keys
 
@@ -118,6 +129,8 @@ class Family:
 
         hidden, heads = size("hidden_size"), size("num_heads")
         sizes = {name: size(name) for name in ("vocab_size", "num_layers", "max_position")}
+        if "num_segments" in keys:
+            sizes["num_segments"] = size("num_segments")
         # A plain MLP is four times as wide as the network unless said; a gated one has no such custom.
         inner = None if self.traits.get("gated_mlp", True) else 4 * hidden
         sizes["intermediate_size"] = size("intermediate_size", inner)
@@ -133,7 +146,8 @@ class Family:
         return {**sizes, "hidden_size": hidden, "num_heads": heads}
 
     def _rules(self, config: ModelConfig) -> Iterator[Rule]:
-        for ours, sizes, width, bias in _modules(config):
+        modules = _modules(config) if config.kind == "decoder" else _encoder_modules(config)
+        for ours, sizes, width, bias in modules:
             layer = ours.split(".")[1] if ours.startswith("layers.") else ""
             pattern = ours.replace(f".{layer}.", ".*.", 1) if layer else ours
             theirs = tuple(name.replace("*", layer) for name in self.names[pattern])
@@ -164,6 +178,36 @@ def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int | 
     yield "norm", (hidden,), None, bias
     if not config.tied_head:
         yield "head", (config.vocab_size,), hidden, False
+
+
+def _encoder_modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int | None, bool]]:
+    """The same of an encoder; what turns the first row into labels is there where there are labels."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    yield "embed", (config.vocab_size,), hidden, False
+    yield "positions", (config.max_position,), hidden, False
+    yield "segments", (config.num_segments,), hidden, False
+    yield "embed_norm", (hidden,), None, True
+    for i in range(config.num_layers):
+        yield f"layers.{i}.attn.qkv", (hidden,) * 3, hidden, config.qkv_bias
+        yield f"layers.{i}.attn.out", (hidden,), hidden, config.out_bias
+        yield f"layers.{i}.attn_norm", (hidden,), None, True
+        yield f"layers.{i}.mlp.up", (inner,), hidden, config.mlp_bias
+        yield f"layers.{i}.mlp.down", (hidden,), inner, config.mlp_bias
+        yield f"layers.{i}.mlp_norm", (hidden,), None, True
+    if config.labels:
+        yield "pooler", (hidden,), hidden, True
+        yield "classifier", (len(config.labels),), hidden, True
+
+
+def _read_labels(found: Fields) -> tuple[str, ...]:
+    """The labels in the order of their numbers; unnamed ones are two, as transformers has it."""
+    named = found.section("id2label")
+    if named is None:
+        return tuple(f"LABEL_{i}" for i in range(found.integer("num_labels", 2)))
+    labels = [named.raw.get(str(i)) for i in range(len(named.raw))]
+    if len(labels) < 2 or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        found.fail("id2label", "two or more different labels by number, from 0 on")
+    return tuple(str(label) for label in labels)
 
 
 def _read_rope(found: Fields, max_position: int) -> Rope:
