@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from model.nn.bert import Encoder
 from model.nn.decoder import Decoder, num_parameters
 from model.training import checkpoint, data
 from model.training.evaluate import Apply, Evaluator
@@ -34,6 +35,7 @@ Report = Callable[[str], None]
 FIXED = (
     *("data", "family", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     *("intermediate_size", "window", "untied", "context", "batch_tokens", "optimizer", "seed"),
+    *("task", "masked_fraction", "valid_fraction", "test_fraction"),
 )
 
 
@@ -43,7 +45,7 @@ def train(config: TrainConfig, report: Report) -> None:
     `report` gets a line at a time. Raises OptionError before any work when the arguments or the data can't be used.
     """
     folder = config.out / "run"
-    _open_folder(config, folder)
+    open_folder(config, folder)
     tokenizer, ids, valid_ids = prepare(config, folder, report)
     run = Run(config, folder, data.Batches(ids, config.seed), tokenizer.get_vocab_size())
     few = max(1, config.batch_tokens // config.workers // config.context)
@@ -58,7 +60,7 @@ def train(config: TrainConfig, report: Report) -> None:
     report(f"wrote {config.out}: millrace serve --model {config.out}")
 
 
-def _open_folder(config: TrainConfig, folder: Path) -> None:
+def open_folder(config: TrainConfig, folder: Path) -> None:
     """Make the run's folder, or see that the run in it is this one. Raises OptionError."""
     file = folder / "config.json"
     if (config.out / "config.json").exists() and not file.exists():
@@ -156,7 +158,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16) if on else nullcontext()
 
 
-def initialise(decoder: Decoder) -> None:
+def initialise(decoder: Decoder | Encoder) -> None:
     """Normal(0, 0.02) matrices, those that write into the residual stream divided by sqrt(2 layers) so that its size
     does not grow with depth (GPT-2, Radford et al. 2019, 2.3), and zero biases."""
     shrink = math.sqrt(2 * decoder.config.num_layers)
