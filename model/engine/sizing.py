@@ -59,6 +59,8 @@ def size_engine(
         )
     tokens = max_batch_tokens or (DEVICE_BATCH_TOKENS if device == "cuda" else HOST_BATCH_TOKENS)
     engine = EngineConfig(device, dtype, length, max_num_seqs, max(tokens, max_num_seqs), quantize=quantize)
+    if config.kind == "encoder":
+        return replace(engine, max_batch_tokens=max(engine.max_batch_tokens, length))
     per_block = bytes_per_block(config, engine.block_size, as_dtype(dtype))
     if cache_gib is None:
         wanted = max_num_seqs * -(-length // engine.block_size) * per_block
