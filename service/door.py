@@ -90,6 +90,10 @@ def served(settings: Settings, tokenizer: Tokenizer, max_model_len: int) -> Serv
         created=int(time.time()),
         orphan_s=settings.orphan_s,
         max_request_s=settings.max_request_s,
+        tasks=config.tasks,
+        labels=config.labels,
+        hidden_size=config.hidden_size,
+        pooling=config.pooling,
     )
 
 

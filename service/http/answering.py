@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.broker.base import RequestSide
-from service.errors import MillraceError, Overloaded
+from service.errors import IdempotencyConflict, MillraceError, Overloaded, RequestNotFound
 from service.http.backend import Backend
 from service.http.body import read_json
 from service.http.generation import Generation, Piece
@@ -82,6 +82,8 @@ class Answering:
             if visit is not None:
                 visit.reserve(taken.most_tokens)
             intake = await admitted(broker, taken, key, served)
+            if intake.group[0].task != taken.group[0].task:  # the same body and key, on another route
+                raise IdempotencyConflict
         body = order.asked.body
         to_leave_is_to_cancel = not (body.resumable or body.background)
         generation = Generation(intake, served, broker, self.metrics, cancels=to_leave_is_to_cancel, trace=trace)
@@ -106,7 +108,7 @@ class Answering:
         leave ends nothing."""
         with self.refusals(client_of(request)):
             served, broker = self.backend.get()
-            intake = await stored(broker, id, client_of(request).tenant, served)
+            intake = _written(await stored(broker, id, client_of(request).tenant, served))
             counts, with_progress = after(intake), wants_progress(request)
         if request.scope.get(HEAD) and counts is None:  # it would wait for the answer
             return Response(media_type="application/json")
@@ -122,7 +124,7 @@ class Answering:
         """A stored request as it is now. Told also while this process serves others no more: it costs little."""
         with self.refusals(client_of(request)):
             served, broker = self.backend.open()
-            intake = await stored(broker, id, client_of(request).tenant, served)
+            intake = _written(await stored(broker, id, client_of(request).tenant, served))
             generation = Generation(intake, served, broker, self.metrics)
             pieces, waits = await generation.glance()
             return Response(tell(generation, served, pieces, waits), media_type="application/json")
@@ -151,6 +153,13 @@ async def cancel_group(broker: RequestSide, id: str, tenant: str) -> None:
     """All sequences of a request. Raises `RequestNotFound` and `Unavailable`."""
     for child in await broker.lookup(check_id(id), tenant):
         await broker.cancel(child.id, tenant)
+
+
+def _written(intake: Intake) -> Intake:
+    """Raises `RequestNotFound` for one that has no text to be read."""
+    if intake.group[0].task != "generate":
+        raise RequestNotFound(f"request {intake.id} is answered once, where it is asked")
+    return intake
 
 
 def _with_headers(response: Response, headers: Mapping[str, str]) -> Response:
