@@ -72,8 +72,8 @@ class SpanAttention(Ops):
     Each text is attended by itself, without padding, so no text's numbers depend on its neighbours.
     """
 
-    def __init__(self, lengths: Sequence[int], dropout: float = 0.0) -> None:
-        self.lengths, self.dropout = tuple(lengths), dropout
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
 
     def attend(self, layer: int, heads: Heads) -> Tensor:
         q, k, v = heads.finish()
@@ -81,8 +81,7 @@ class SpanAttention(Ops):
         for length in self.lengths:
             # Copies, so that where a text lies in the batch can't show in how its numbers are added up.
             query, key, value = (x[at : at + length].transpose(0, 1).contiguous() for x in (q, k, v))
-            mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout)
-            parts.append(mixed.transpose(0, 1))
+            parts.append(F.scaled_dot_product_attention(query, key, value).transpose(0, 1))
             at += length
         return torch.cat([*parts, torch.zeros_like(q[at:])])
 

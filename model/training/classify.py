@@ -149,7 +149,7 @@ class Run:
 
     def _rows(self, texts: list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]]) -> tuple[Tensor, SpanAttention]:
         lengths = [len(text) for text in texts]
-        ops = SpanAttention(lengths, self.config.dropout if self.encoder.training else 0.0)
+        ops = SpanAttention(lengths)  # no dropout of weights: on a CPU that keeps every score of every text in memory
         ids = torch.from_numpy(np.concatenate(texts)).to(self.device)
         return self.encoder(ids, text_positions(lengths).to(self.device), ops), ops
 
