@@ -102,6 +102,7 @@ class Bench:
 def decode(bench: Bench, shape: Shape, engine: Engine, num_streams: int, context: int) -> None:
     """Steady decoding of `num_streams` sequences around `context` tokens."""
     num_steps, decoder = bench.num_steps, engine.runner.decoder
+    assert isinstance(decoder, Decoder)
     names = fill(engine, num_streams, context, 3 * num_steps)
     bench.sync()
     times = []

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from model.engine.engine import Engine
 from model.nn.attention import DenseAttention
-from model.nn.decoder import num_bytes
+from model.nn.decoder import Decoder, num_bytes
 from model.request import Request, SamplingParams
 from service.work import spare_cores
 
@@ -56,6 +56,7 @@ class Candidate:
     def score(self, ids: Tensor) -> None:
         """Add a window: every id but the first is predicted."""
         decoder = self.engine.runner.decoder
+        assert isinstance(decoder, Decoder)
         ids = ids.to(self.engine.config.device)
         began_s = time.perf_counter()
         ops = DenseAttention(decoder.config, 1, len(ids) - 1)

@@ -41,9 +41,13 @@ class Rope:
     scaling: RopeScaling | None = None
 
 
+Pooling = Literal["last", "mean", "cls"]
+"""Which rows of a text become its one vector: the last token's, the mean of all, the first one's."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder. Sizes are counts of numbers; `windows` has one item per layer."""
+    """The shape of a network. Sizes are counts of numbers; `windows` has one item per layer."""
 
     family: str
     vocab_size: int
@@ -78,6 +82,19 @@ class ModelConfig:
     scaled_head: bool = False  # what the head sees is divided by sqrt(hidden_size)
     relative_buckets: int = 0  # of `position` relative: kinds of distances,
     relative_distance: int = 0  # and the distance from which on all are of one kind
+    role: Literal["decoder", "encoder"] = "decoder"  # an encoder's rows see the whole text, and it draws nothing
+    num_segments: int = 0  # kinds of text that an encoder tells apart; one text is all of the first kind
+    labels: tuple[str, ...] = ()  # what an encoder with a classifier tells apart
+    pooling: Pooling = "last"  # of an embedding, where the request names none
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the network can do, as `Request.task` has it."""
+        if self.encoder_layers:
+            return ("generate",)
+        if self.role == "decoder":
+            return "generate", "embed"
+        return ("embed", "classify") if self.labels else ("embed",)
 
     @property
     def shares_prefixes(self) -> bool:

@@ -61,13 +61,18 @@ class Grammar:
     text: str = ""
 
 
+Task = Literal["generate", "embed", "classify"]
+"""What is wanted of a sequence: more tokens; its vector; the probabilities of its labels. The last two draw nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to generate. A client's request with several choices is a group of these, `<group>.<i>`; of several
+    """One sequence to compute. A client's request with several choices is a group of these, `<group>.<i>`; of several
     prompts, those of the first prompt come first, and each prompt has as many.
 
     `orphan_s`: it is cancelled when nobody has followed it for so long; None = it needs no reader. `queue_deadline_s`
-    counts until the first claim only. `about` is for whoever writes the answer, and nobody else's business.
+    counts until the first claim only. `pooling` says which rows an embedding is made of; "" is "last". `about` is for
+    whoever writes the answer, and nobody else's business.
     """
 
     id: str
@@ -89,6 +94,8 @@ class Request:
     traceparent: str = ""  # W3C Trace Context; "" = none
     cache_salt: str = ""  # requests share what is computed only within a tenant and a salt
     source_ids: tuple[int, ...] = ()  # of encoder-decoders: what is answered; `prompt_ids` are the answer's beginning
+    task: Task = "generate"
+    pooling: Literal["", "last", "mean", "cls"] = ""
 
     @property
     def asked_ids(self) -> tuple[int, ...]:
@@ -123,7 +130,8 @@ class Finish:
 class Delta:
     """What one step added to one request: ids from output position `start` on, and `finish` if it ended with them. One
     with neither says how far its prompt has come: `num_computed` tokens of it. With a `finish` comes how many of the
-    prompt's tokens were found in the cache: `num_cached`."""
+    prompt's tokens were found in the cache: `num_cached`; and where nothing was to be drawn the `result`: float32
+    numbers, little-endian, of a vector of length 1 or of the labels' probabilities in their order."""
 
     id: str
     start: int
@@ -132,6 +140,7 @@ class Delta:
     finish: Finish | None = None
     num_computed: int = 0
     num_cached: int = 0
+    result: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

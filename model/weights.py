@@ -1,4 +1,4 @@
-"""A folder of safetensors -> a filled decoder: every tensor used once, every parameter filled, or a refusal.
+"""A folder of safetensors -> a filled network: every tensor used once, every parameter filled, or a refusal.
 
 Headers are checked here, byte for byte, before the safetensors library reads any data; pickles are never opened. The
 format is the one of the safetensors README (https://github.com/huggingface/safetensors). Knows no family by name.
@@ -22,6 +22,7 @@ from model.config import CheckpointError, ModelConfig
 from model.families.base import Family, Rule
 from model.families.fields import Fields, read_json
 from model.families.registry import FAMILIES
+from model.nn.bert import Encoder
 from model.nn.decoder import Decoder
 from model.nn.quantized import QUANTIZED, quantize_weight, replace_layers
 
@@ -51,6 +52,16 @@ class Entry:
 def load_decoder(
     folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantized: bool = False
 ) -> Decoder:
+    """The same for a folder that must hold a decoder."""
+    network = load_network(folder, config, dtype, device, quantized)
+    if not isinstance(network, Decoder):
+        raise CheckpointError(f"{folder}: found an encoder ({config.family}), expected a decoder")
+    return network
+
+
+def load_network(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantized: bool = False
+) -> Decoder | Encoder:
     """The network of a model folder, in evaluation mode, without gradients; `quantized`: with int8 weights. Raises
     CheckpointError in one line.
 
@@ -58,16 +69,16 @@ def load_decoder(
     """
     family = FAMILIES[config.family]
     source, entries = _stored(folder)
-    stored = _without_prefix(entries, family.prefix)
+    stored = _without_prefix(entries, family)
     rules = family.rules(config)
     _check_names(source, stored, rules, family, config)
     for rule in rules:
         _check_entries(rule, [stored[name.removeprefix(family.prefix)] for name in rule.theirs])
     with torch.device("meta"), _Unfilled():
-        decoder = Decoder(config)
+        network = Decoder(config) if config.role == "decoder" else Encoder(config)
         if quantized:
-            replace_layers(decoder, config.tied_head, dtype)
-    state, narrow = {}, {name for name, layer in decoder.named_modules() if isinstance(layer, QUANTIZED)}
+            replace_layers(network, config.tied_head and config.role == "decoder", dtype)
+    state, narrow = {}, {name for name, layer in network.named_modules() if isinstance(layer, QUANTIZED)}
     with _Reader() as reader:
         for rule in rules:
             parts = [reader.read(stored[name.removeprefix(family.prefix)]) for name in rule.theirs]
@@ -84,8 +95,8 @@ def load_decoder(
                 found = f"{rule.theirs[0]!r} up to {whole.abs().max():g}"
                 raise CheckpointError(f"{source}: tensor {found}, expected at most 65504 for float16")
         _check_tied(reader, stored, family, config)
-    decoder.load_state_dict(state, assign=True)
-    return decoder.to(device).eval().requires_grad_(False)
+    network.load_state_dict(state, assign=True)
+    return network.to(device).eval().requires_grad_(False)
 
 
 class _Unfilled(TorchFunctionMode):
@@ -205,12 +216,14 @@ def _entry(path: Path, name: str, value: object) -> tuple[Entry, int, int]:
     return entry, begin, end
 
 
-def _without_prefix(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
+def _without_prefix(entries: Mapping[str, Entry], family: Family) -> dict[str, Entry]:
     stored: dict[str, Entry] = {}
     for name, entry in entries.items():
-        short = name.removeprefix(prefix)
+        short = name.removeprefix(family.prefix)
+        for old, new in family.aliases.items():
+            short = short.removesuffix(old) + new if short.endswith(old) else short
         if short in stored:
-            raise CheckpointError(f"{entry}: found with and without {prefix!r} before it, expected once")
+            raise CheckpointError(f"{entry}: found with and without {family.prefix!r} before it, expected once")
         stored[short] = entry
     return stored
 

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _generate_arguments(commands.add_parser("generate", help="write a text to the terminal"))
     _chat_arguments(commands.add_parser("chat", help="talk to a running server"))
     _train_arguments(commands.add_parser("train", help="train a model from text"))
+    _attention_arguments(commands.add_parser("attention", help="draw where each head of a model looks"))
     _keys_arguments(commands.add_parser("keys", help="make keys for clients"))
     _health_arguments(commands.add_parser("health", help="ask a server on this machine how it is"))
     args = parser.parse_args(argv)
@@ -164,11 +165,19 @@ def _settings(args: argparse.Namespace, needs_redis: bool = False) -> Settings:
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     for options in (_model_arguments, _worker_options, _door_options, _process_options):
         options(parser)
+    parser.add_argument(
+        "--attention-view",
+        action="store_const",
+        const=True,
+        help="the chat page shows where each head looked; takes the weights' memory once more",
+    )
     parser.set_defaults(run=_serve)
 
 
 def _serve(args: argparse.Namespace) -> None:
     settings = _settings(args)
+    if settings.attention_view and settings.redis_url is not None:
+        raise SettingsError("--attention-view: only where one process does everything, without --redis-url")
     import_module("service.serve" if settings.redis_url is None else "service.api").serve(settings)
 
 
@@ -240,6 +249,15 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
     parser.set_defaults(run=_lazily("service.terminal", "train"))
+
+
+def _attention_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text")
+    parser.add_argument("--model", help="a Hugging Face folder (default: the bundled storyteller)")
+    parser.add_argument("--out", type=Path, default=Path("maps.png"), metavar="FILE", help="the picture (%(default)s)")
+    parser.add_argument("--layer", type=int, help="the one drawn large, from 0 (default: the most telling)")
+    parser.add_argument("--head", type=int, help="of that layer, from 0")
+    parser.set_defaults(run=_lazily("service.attention", "attention"))
 
 
 def _keys_arguments(parser: argparse.ArgumentParser) -> None:

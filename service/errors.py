@@ -39,6 +39,15 @@ class ModelNotFound(MillraceError):
         super().__init__(f"no model called {_short(name)} is served here; the served one is {served}")
 
 
+class TaskNotSupported(MillraceError):
+    """The served model can't do what the route is for."""
+
+    code = "task_not_supported"
+
+    def __init__(self, task: str, name: str, tasks: tuple[str, ...]) -> None:
+        super().__init__(f"the model {name} can't {task}; it can {' and '.join(tasks)}")
+
+
 class RequestNotFound(MillraceError):
     """No request with that id, for that tenant (the two are not told apart)."""
 

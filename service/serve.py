@@ -13,13 +13,14 @@ import uvloop
 
 from model.engine.engine import EngineStats
 from model.request import Finish, FinishReason
+from service.attention import looker
 from service.broker.memory import MemoryBroker
 from service.door import STOPPING, Door, served
 from service.listen import bind
 from service.logs import configure
 from service.metrics_work import WorkMetrics
 from service.pulse import Pulse
-from service.settings import Settings
+from service.settings import BUNDLED, Settings
 from service.work import described, load_engine, use_cores, wound_up
 from service.worker import Worker
 
@@ -42,7 +43,7 @@ class House:
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         self.settings = settings
-        self.door = Door(settings, listener, self._why_not)
+        self.door = Door(settings, listener, self._why_not, facts=self._facts)
         keyring = self.door.rules.keyring
         weights = None if keyring is None else keyring.weights
         self.broker = MemoryBroker(settings.max_waiting, settings.max_waiting_tokens, settings.keep_s, weights)
@@ -55,6 +56,8 @@ class House:
         """Start, serve, stop. False if the engine failed."""
         async with self.door.open() as serving:
             engine = await asyncio.to_thread(load_engine, self.settings)
+            if self.settings.attention_view:
+                self.door.backend.look = await asyncio.to_thread(looker, self.settings.model or BUNDLED)
             self.worker = Worker(self.broker, engine, self.work.on_step, left=self.work.on_leave)
             self.work.progress_age_s = self.worker.progress_age_s
             working = asyncio.create_task(self.worker.run())
@@ -68,6 +71,9 @@ class House:
             beating.cancel()
             await self.broker.end_all(SHUT_DOWN if ended_well else FAILED)
             return ended_well
+
+    def _facts(self) -> dict[str, object]:
+        return {"attention_view": True} if self.settings.attention_view else {}
 
     def _why_not(self) -> str | None:
         assert self.worker is not None

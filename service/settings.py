@@ -98,6 +98,7 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences computed in one step")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads that compute; one less than the cores")
     cache_gib: float | None = Field(None, gt=0, description="memory for the key-value cache, GiB")
+    attention_view: bool = Field(False, description="let the chat page show where each head looked")
     native: bool = Field(True, description="on a CPU, compute a step in one call of the native core")
     prefix_cache: bool = Field(True, description="compute a common beginning of prompts once")
     max_waiting: int = Field(256, ge=1, description="requests that may wait before new ones are refused")

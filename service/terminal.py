@@ -17,7 +17,7 @@ from model.families.registry import read_config, read_generation_defaults
 from model.request import Request, SamplingParams, begun
 from model.tokenizer import Tokenizer
 from model.training.options import from_arguments
-from model.training.trainer import train as train_model
+from model.training.tasks import train_for_task
 from service.errors import InvalidRequest, Unavailable
 from service.settings import BUNDLED
 
@@ -118,4 +118,4 @@ def _stream(url: str, key: str | None, body: dict[str, object]) -> Iterator[str]
 
 def train(args: argparse.Namespace) -> None:
     """Train a model, telling its progress on stderr."""
-    train_model(from_arguments(args), lambda line: print(line, file=sys.stderr, flush=True))
+    train_for_task(from_arguments(args), lambda line: print(line, file=sys.stderr, flush=True))

@@ -76,6 +76,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.child": (),
     "service.lookout": ("model.fingerprint", "service.broker.redis"),
     "service.terminal": ("model", "service"),
+    "service.attention": ("model", "service"),
 }
 TORCH_FREE = (
     "model.cache.blocks",

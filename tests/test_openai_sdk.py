@@ -172,3 +172,21 @@ def test_a_conversation_that_goes_on_computes_only_what_is_new(client: OpenAI) -
         assert answer.usage and answer.usage.prompt_tokens_details
         found.append(answer.usage.prompt_tokens_details.cached_tokens)
     assert found[0] == found[2] == 0 and found[1] and found[1] >= 32
+
+
+def test_embeddings_of_texts_and_ids_in_both_encodings(client: OpenAI, served: Served) -> None:
+    texts = ["Once upon a time there was a fox.", "The stars are far away.", "Once upon a time there was a fox."]
+    # The strict types know no base64, which the client asks for by itself: OpenAI's own would not pass either.
+    with OpenAI(base_url=served.url("/v1"), api_key="none") as lenient:
+        told = lenient.embeddings.create(model="bundled", input=texts)
+    vectors = [item.embedding for item in told.data]
+    assert [item.index for item in told.data] == [0, 1, 2] and vectors[0] == vectors[2] != vectors[1]
+    assert all(abs(sum(number * number for number in vector) - 1) < 1e-5 for vector in vectors)
+    plain = client.embeddings.create(
+        model="bundled", input=texts[1], encoding_format="float", dimensions=len(vectors[1])
+    )
+    assert plain.data[0].embedding == vectors[1] and plain.usage.total_tokens == plain.usage.prompt_tokens > 3
+    of_ids = client.embeddings.create(model="bundled", input=[[5, 6, 7], [8]], encoding_format="float")
+    assert len(of_ids.data) == 2 and of_ids.usage.prompt_tokens == 4
+    with pytest.raises(BadRequestError, match="dimensions"):
+        client.embeddings.create(model="bundled", input="a", dimensions=8)

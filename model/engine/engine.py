@@ -21,17 +21,17 @@ import torch
 
 from model.assemble import Assembler
 from model.config import EngineConfig
-from model.engine.paths import StepRunner, make_runner
+from model.engine.paths import Network, StepRunner, make_runner
 from model.engine.runner import Computed
 from model.engine.scheduler import Chunk, Outcome, Scheduler, StepPlan
 from model.engine.sequence import Sequence
 from model.engine.sizing import check_quantize, choose_device, choose_dtype, size_engine, with_needs
 from model.families.registry import read_config
 from model.grammar import Grammars
-from model.nn.decoder import Decoder, as_dtype
+from model.nn.decoder import as_dtype
 from model.request import Delta, Finish, FinishReason, Request, TokenLogprob
 from model.tokenizer import Tokenizer
-from model.weights import load_decoder
+from model.weights import load_network
 
 LENGTH = Finish(FinishReason.LENGTH)
 LOOK_S = 0.05  # between two looks for something to do
@@ -69,7 +69,7 @@ class Engine:
     it is cancelled: then its blocks are free at once and no more is said of it."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, config: EngineConfig, runner: StepRunner | None = None
+        self, decoder: Network, tokenizer: Tokenizer, config: EngineConfig, runner: StepRunner | None = None
     ) -> None:
         config = with_needs(config, decoder.config)
         self.tokenizer, self.config = tokenizer, config
@@ -79,6 +79,7 @@ class Engine:
         self._flying: _Step | None = None  # started, while the one before it is told
         self._planned: StepPlan | None = None  # to be started once the one before it is told
         self._assemblers: dict[str, Assembler] = {}  # of requests with stop strings only
+        self._tasks, self._is_whole = decoder.config.tasks, decoder.config.role == "encoder"
         shape, control = decoder.config, tokenizer.control_ids.union(decoder.config.eos_ids)
         self._grammars = Grammars(tokenizer.token_bytes, tokenizer.vocab_size, control, shape.vocab_size)
         self._unmatched: dict[str, Sequence] = {}  # their matchers are being made
@@ -111,7 +112,7 @@ class Engine:
         tokenizer = Tokenizer.load(folder)
         device = choose_device(device)
         dtype = choose_dtype(dtype, device, config.dtype)
-        decoder = load_decoder(folder, config, as_dtype(dtype), torch.device(device), quantize == "int8")
+        decoder = load_network(folder, config, as_dtype(dtype), torch.device(device), quantize == "int8")
         sized = size_engine(
             config,
             device=device,
@@ -138,7 +139,7 @@ class Engine:
                 self._ended.append(Delta(request.id, len(so_far), finish=finish))
                 return
             self._assemblers[request.id] = assembler
-        sequence = Sequence(request, self.config.max_model_len, list(so_far))
+        sequence = Sequence(request, self.config.max_model_len, list(so_far), is_whole=self._is_whole)
         if request.grammar is None or sequence.end() not in (None, LENGTH):
             self.scheduler.add(sequence)
         else:
@@ -146,7 +147,9 @@ class Engine:
             self._grammars.begin(request.id, request.grammar, request.sampling.stop_token_ids, so_far)
 
     def _unreadable(self, request: Request) -> str | None:
-        """What is wrong with a request's source, None if it is one that this network can read."""
+        """What keeps this network from a request, None if nothing does."""
+        if request.task not in self._tasks:
+            return f"this network can't {request.task}: it can {', '.join(self._tasks)}"
         num, most = len(request.source_ids), self.config.max_model_len
         if self.start_id is None:
             return f"{num} source tokens, and this network reads none" if num else None
@@ -213,7 +216,8 @@ class Engine:
                 num_cached = sequence.num_cached
                 deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=finish, num_cached=num_cached))
         for outcome in self.scheduler.commit(step.plan, done.token_ids):
-            deltas.append(self._delta(outcome, done.logprobs.get(outcome.sequence.id)))
+            id = outcome.sequence.id
+            deltas.append(self._delta(outcome, done.logprobs.get(id), done.results.get(id, b"")))
         deltas += [_progress(chunk.sequence) for chunk in step.plan.chunks if self._is_reading(chunk)]
         self._count(step.plan, sum(len(delta.token_ids) for delta in deltas))
         return deltas
@@ -257,7 +261,7 @@ class Engine:
                 sequence.matcher = matcher
                 self.scheduler.add(sequence)
 
-    def _delta(self, outcome: Outcome, logprob: TokenLogprob | None) -> Delta:
+    def _delta(self, outcome: Outcome, logprob: TokenLogprob | None, result: bytes) -> Delta:
         sequence, finish = outcome.sequence, outcome.finish
         new = tuple(sequence.output_ids[len(sequence.output_ids) - outcome.num_new :])
         assembler = self._assemblers.get(sequence.id)
@@ -273,7 +277,8 @@ class Engine:
             self._assemblers.pop(sequence.id, None)
         start = len(sequence.output_ids) - len(new)
         told = (logprob,) if new and logprob is not None else ()
-        return Delta(sequence.id, start, new, told, finish, num_cached=sequence.num_cached if finish else 0)
+        num_cached = sequence.num_cached if finish else 0
+        return Delta(sequence.id, start, new, told, finish, num_cached=num_cached, result=result)
 
     def _matched(self, sequence: Sequence, new: Seq[int]) -> Finish | None:
         """How the grammar ends the sequence: complete with the last of the tokens that there may be, it is complete."""

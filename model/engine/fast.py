@@ -6,7 +6,7 @@ a recorded graph for the next larger number of rows. It knows nothing of queues,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.cache.store import PagedStore
 from model.config import EngineConfig, ModelConfig
+from model.engine.pooling import Pools
 from model.engine.runner import Computed, row_of
 from model.engine.scheduler import Chunk, StepPlan
 from model.engine.seats import Seats
@@ -43,6 +44,7 @@ class Flight:
     numbers: Tensor
     landed: "torch.cuda.Event | None"
     drawn: Drawn | None = None
+    results: dict[str, bytes] = field(default_factory=dict)  # of those that draw nothing
 
 
 class FastRunner:
@@ -71,6 +73,7 @@ class FastRunner:
         self._finite = torch.zeros(config.max_num_seqs, dtype=torch.bool, device=self.device)
         self._places: dict[Sequence, int] = {}  # whose id stands where in `_drawn`
         self._judged: tuple[StepPlan | None, bool] = None, True  # asked for several times in a row
+        self._pools = Pools(decoder.config.hidden_size, config.max_num_seqs)
         self._graphs: dict[tuple[int, int], tuple[Tensor, Act, Ops]] = {}
 
     def warm(self) -> None:
@@ -83,7 +86,7 @@ class FastRunner:
         """Whether the plan can be started before the ids of the one before it are known to the host."""
         judged, answer = self._judged
         if judged is not plan:
-            answer = not any(chunk.draws and _needs_host(chunk) for chunk in plan.chunks)
+            answer = not any(_needs_host(chunk) if chunk.draws else not chunk.sequence.draws for chunk in plan.chunks)
             self._judged = plan, answer
         return answer
 
@@ -105,11 +108,11 @@ class FastRunner:
             sent, sent_pieces = self._sent(numbers), self._sent(np.array(pieces, dtype=np.int32))
             ops = self._ops(sent, num_single, sent_pieces, num_spans)
             hidden, finite = self._forward(sent, ops)
-        drawing = [chunk for chunk in order if chunk.draws]
+        drawing, results = [chunk for chunk in order if chunk.draws], self._pools.results(order, hidden)
         if len(wanted) < len(hidden):
             hidden = hidden[self._sent(np.array(wanted, dtype=np.int64))]
         logits = self.decoder.logits(hidden, ops)
-        return self._draw(plan, order, drawing, logits, finite)
+        return replace(self._draw(plan, order, drawing, logits, finite), results=results)
 
     def collect(self, flight: Flight) -> Computed:
         """Wait for a started step, and what it brought."""
@@ -118,7 +121,7 @@ class FastRunner:
         numbers: list[int] = flight.numbers.tolist()
         drawing = [chunk for chunk in flight.order if chunk.draws]
         finite = numbers[2 * len(drawing) :]
-        done = Computed()
+        done = Computed(results=flight.results)
         at = 0
         for chunk in flight.order:
             if not all(finite[at : at + chunk.num_tokens]):

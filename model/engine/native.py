@@ -9,9 +9,11 @@ from itertools import chain
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from model.cache.store import PagedStore
 from model.config import EngineConfig
+from model.engine.pooling import Pools, wanted_rows
 from model.engine.runner import Computed, row_of
 from model.engine.scheduler import Chunk, StepPlan
 from model.engine.sequence import Sequence
@@ -47,6 +49,7 @@ class NativeRunner:
         self._logits = torch.zeros(config.max_num_seqs, shape.vocab_size)
         self._best = np.zeros(config.max_num_seqs, dtype=np.int32)
         self._finite = np.zeros(rows, dtype=np.uint8)
+        self._pools = Pools(shape.hidden_size, config.max_num_seqs)
 
     def can_run_ahead(self, plan: StepPlan) -> bool:
         """Never: a step is complete when `start` returns."""
@@ -58,8 +61,7 @@ class NativeRunner:
 
     def start(self, plan: StepPlan) -> Computed:
         """Compute every chunk's keys and values, and draw one id for each chunk that draws."""
-        self._compute(plan)
-        done = Computed(failed=self._not_finite(plan))
+        done = Computed(results=self._compute(plan), failed=self._not_finite(plan))
         drawing = [chunk for chunk in plan.chunks if chunk.draws]
         best = self._best[: len(drawing)].tolist()
         asking = [i for i, chunk in enumerate(drawing) if not _is_greedy(chunk)]
@@ -84,9 +86,10 @@ class NativeRunner:
                 self.store.clear(chunk.sequence.blocks[chunk.start // self.config.block_size :])
         return done
 
-    def _compute(self, plan: StepPlan) -> None:
-        """One call of the core: `_logits`, `_best` of the rows that draw, `_finite` of all."""
-        ids, chunks, tables, wanted = list[int](), list[int](), list[list[int]](), list[int]()
+    def _compute(self, plan: StepPlan) -> dict[str, bytes]:
+        """One call of the core: `_logits`, `_best` of the rows that draw, `_finite` of all. The results of those that
+        draw nothing."""
+        ids, chunks, tables, wanted, told = list[int](), list[int](), list[list[int]](), list[int](), list[int]()
         row, table, size = 0, 0, self.config.block_size
         for chunk in plan.chunks:
             end = chunk.start + chunk.num_tokens
@@ -94,18 +97,33 @@ class NativeRunner:
             blocks = chunk.sequence.blocks[: -(-end // size)]
             chunks += (row, chunk.num_tokens, chunk.start, table)
             tables.append(blocks)
+            told += [row + at for at in wanted_rows(chunk)]
             table += len(blocks)
             row += chunk.num_tokens
             if chunk.draws:
                 wanted.append(row - 1)
-        arrays = [np.array(numbers, dtype=np.int32) for numbers in (ids, chunks, wanted)]
+        arrays = [np.array(numbers, dtype=np.int32) for numbers in (ids, chunks, wanted, told)]
         arrays.insert(2, np.fromiter(chain.from_iterable(tables), dtype=np.int32, count=table))
+        *read, told_rows = (array.ctypes.data for array in arrays)
+        hidden = torch.empty(len(told), self.decoder.config.hidden_size)
         self._core.step(
             Step(
-                row, len(plan.chunks), len(wanted), *(array.ctypes.data for array in arrays),
-                self._logits.data_ptr(), self._best.ctypes.data, self._finite.ctypes.data,
+                row, len(plan.chunks), len(wanted), len(told), *read, self._logits.data_ptr(), self._best.ctypes.data,
+                self._finite.ctypes.data, told_rows, hidden.data_ptr(),
             )
         )  # fmt: skip
+        return self._pooled(plan, hidden)
+
+    def _pooled(self, plan: StepPlan, hidden: Tensor) -> dict[str, bytes]:
+        """What the hidden rows that were asked for make of their texts."""
+        found, at = dict[str, bytes](), 0
+        for chunk in plan.chunks:
+            num = len(wanted_rows(chunk))
+            result = self._pools.add(chunk, hidden[at : at + num]) if num else None
+            if result is not None:
+                found[chunk.sequence.id] = result
+            at += num
+        return found
 
     def _not_finite(self, plan: StepPlan) -> list[Sequence]:
         """Sequences with a row that is not finite. A bad key or value shows here too, since its row sees itself."""

@@ -9,12 +9,14 @@ import torch
 
 from model.cache.store import PagedStore
 from model.config import EngineConfig
+from model.engine.encoding import EncoderRunner
 from model.engine.fast import FastRunner
 from model.engine.native import NativeRunner
 from model.engine.runner import Computed, Runner
 from model.engine.scheduler import StepPlan
 from model.native import library as native
 from model.native.packing import why_not
+from model.nn.bert import Encoder
 from model.nn.decoder import Decoder, as_dtype
 
 HAS_KERNELS = torch.cuda.is_available() and find_spec("triton") is not None
@@ -25,22 +27,29 @@ if HAS_KERNELS:
 logger = logging.getLogger(__name__)
 
 
+Network = Decoder | Encoder
+
+
 class StepRunner(Protocol):
     """What an engine needs of a runner. `collect` takes what `start` gave, once, in the same order."""
 
-    decoder: Decoder
-    store: PagedStore
+    @property
+    def decoder(self) -> Network: ...
+    @property
+    def store(self) -> PagedStore: ...
 
     def can_run_ahead(self, plan: StepPlan) -> bool: ...
     def start(self, plan: StepPlan) -> Any: ...
     def collect(self, flight: Any) -> Computed: ...
 
 
-def make_runner(decoder: Decoder, config: EngineConfig, drop: bool = False) -> StepRunner:
+def make_runner(decoder: Network, config: EngineConfig, drop: bool = False) -> StepRunner:
     """The best runner for this machine, ready to compute. If it has to go the plain way, the log says why.
 
     `drop`: the runner may take the decoder's matrices away, so that weights it packs are in memory once.
     """
+    if isinstance(decoder, Encoder):
+        return EncoderRunner(decoder, config)
     if decoder.config.attention:
         shares = "" if decoder.config.cache_needs.is_shareable else "; nothing is shared between common beginnings"
         logger.warning("layers of other kinds than full attention are computed in plain PyTorch%s", shares)

@@ -31,7 +31,7 @@ class Prefixes:
         before the next block is taken."""
         found: list[int] = []
         at = len(sequence.blocks)
-        if sequence.num_computed != at * self._size:
+        if sequence.num_computed != at * self._size or not sequence.shares:
             return found
         for index in range(at, self._num_shareable(sequence)):
             block = self._pool.find(self._name(sequence, index))
@@ -42,7 +42,7 @@ class Prefixes:
 
     def adopt(self, sequence: Sequence, found: list[int]) -> None:
         """The sequence is an owner of these too, which are what `matching` gave, and has these tokens computed."""
-        if sequence.num_seen < 0:
+        if sequence.num_seen < 0 and sequence.shares:
             sequence.num_seen = 0
             self.num_asked += sequence.num_prompt
         if not found:
@@ -59,7 +59,12 @@ class Prefixes:
     def is_coming(self, sequence: Sequence) -> bool:
         """Whether its next block is being computed for another one."""
         at = len(sequence.blocks)
-        if not self._promised or sequence.num_computed != at * self._size or at >= self._num_shareable(sequence):
+        if (
+            not self._promised
+            or not sequence.shares
+            or sequence.num_computed != at * self._size
+            or at >= self._num_shareable(sequence)
+        ):
             return False
         other = self._promised.get(self._name(sequence, at))
         return other is not None and other is not sequence and self._owns(other)

@@ -13,6 +13,7 @@ from torch import Tensor
 from model.cache.states import StateStore
 from model.cache.store import PagedStore
 from model.config import EngineConfig
+from model.engine.pooling import Pools
 from model.engine.scheduler import Chunk, StepPlan
 from model.engine.sequence import Sequence
 from model.engine.sources import Sources
@@ -30,11 +31,12 @@ from model.sampling.sampler import Row, sample
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a step brought, by request id: drawn ids, their log-probabilities where asked for, and the sequences whose
-    numbers were not finite."""
+    """What a step brought, by request id: drawn ids, their log-probabilities where asked for, the results of those that
+    draw nothing and were computed to their end, and the sequences whose numbers were not finite."""
 
     token_ids: dict[str, int] = field(default_factory=dict)
     logprobs: dict[str, TokenLogprob] = field(default_factory=dict)
+    results: dict[str, bytes] = field(default_factory=dict)
     failed: list[Sequence] = field(default_factory=list)
 
 
@@ -57,6 +59,7 @@ class Runner:
             self.attention_rows = max(attention_rows(k, n, shape.num_kv_heads, dtype) for k, n in products)
         self.states = StateStore(shape, config.max_num_seqs, self.device)
         self.streams = StreamGroups(decoder, config.block_size, self.device)
+        self.pools = Pools(shape.hidden_size, config.max_num_seqs)
         self.pieces: Pieces = {}
         if fixed and dtype != torch.float32:
             most = {shape.vocab_size: config.max_num_seqs}  # rows of the head are of sequences, not tokens
@@ -81,7 +84,7 @@ class Runner:
         batch = self.build(plan)
         ops = self._ops(plan, batch)
         hidden = self.decoder(batch.token_ids, batch.positions, ops)
-        done = Computed(failed=self._not_finite(plan, hidden))
+        done = Computed(failed=self._not_finite(plan, hidden), results=self.pools.results(plan.chunks, hidden))
         drawing = [chunk for chunk in plan.chunks if chunk.draws]
         if drawing:
             wanted = pad_rows(hidden[batch.logit_rows], self.row_multiple)

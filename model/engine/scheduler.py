@@ -28,7 +28,7 @@ from model.request import Finish, FinishReason
 
 class Chunk(NamedTuple):
     """Tokens of one sequence to compute: `num_tokens` from position `start`. `draws`: they reach the end of what is
-    known, so that the last one's logits give the next id. `sequence.blocks` covers them.
+    known, so that the last one's logits give the next id. `sequence.blocks` covers them, if it keeps any.
 
     A tuple like `Outcome`, since there are hundreds of both in each step, and a frozen dataclass takes twice as long.
     """
@@ -37,6 +37,9 @@ class Chunk(NamedTuple):
     start: int
     num_tokens: int
     draws: bool
+
+
+READ = Finish(FinishReason.STOP)  # of what was to be computed, and no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +149,14 @@ class Scheduler:
             sequence, cost = line.popleft()
             num_set_aside -= cost == 1
             start = sequence.num_computed
+            if sequence.is_whole:
+                # What others leave of the pace's budget may never be enough for it: all that a step can hold counts.
+                if cost <= num_left + self._config.max_batch_tokens - self._budget:
+                    chunks.append(Chunk(sequence, 0, cost, False))
+                    num_left -= cost
+                continue
             if cost == 1 and start < len(sequence.blocks) * size and num_left > num_set_aside:
-                chunks.append(Chunk(sequence, start, 1, True))  # the usual case, and so the short way
+                chunks.append(Chunk(sequence, start, 1, sequence.draws))  # the usual case, and so the short way
                 num_left -= 1
                 continue
             gap = sequence.gap
@@ -164,7 +173,7 @@ class Scheduler:
                 num_set_aside -= its_cost == 1
                 self._preempt(victim)
             num_tokens = min(gap, num_left - num_set_aside - num_beside, self._room(sequence))
-            if num_tokens == 0:
+            if num_tokens <= 0:
                 continue
             is_read |= cost > 1
             end = start + num_tokens
@@ -172,7 +181,7 @@ class Scheduler:
             sequence.blocks += self.pool.take(self._reach.num_places(end) - len(sequence.blocks))
             if num_tokens > 1 and self._config.prefix_cache:
                 self.prefixes.promise(sequence, start, end)
-            chunks.append(Chunk(sequence, start, num_tokens, draws=num_tokens == gap))
+            chunks.append(Chunk(sequence, start, num_tokens, draws=num_tokens == gap and sequence.draws))
             num_left -= num_tokens + num_beside
         return StepPlan(tuple(chunks), self._budget - num_left)
 
@@ -202,8 +211,11 @@ class Scheduler:
             if owned.get(sequence.id) is not sequence:
                 continue
             end = chunk.start + chunk.num_tokens
-            if size and (chunk.num_tokens > 1 or end % size == 0):
+            if size and not sequence.is_whole and (chunk.num_tokens > 1 or end % size == 0):
                 self.prefixes.computed(sequence, chunk.start, end)
+            if not sequence.draws and end == sequence.num_total:
+                self.finish(sequence.id)
+                outcomes.append(Outcome(sequence, 0, READ))
             if not chunk.draws:
                 continue
             sequence.num_pending = 0
@@ -270,6 +282,8 @@ class Scheduler:
 
     def _num_owed(self, sequence: Sequence) -> int:
         """Blocks that it has yet to get for all that is known of it, and one more."""
+        if sequence.is_whole:
+            return 0
         return max(0, self._reach.num_wanted(sequence.num_total, self._config.max_batch_tokens) - sequence.num_owned)
 
     def _unseat(self, sequence: Sequence) -> bool:
@@ -300,6 +314,10 @@ class Scheduler:
 
     def _misfit(self, sequence: Sequence) -> Finish | None:
         """The error for a sequence whose known tokens need more blocks than there are, None if they fit."""
+        if sequence.is_whole:
+            most = self._config.max_batch_tokens
+            told = f"{sequence.num_total} tokens are seen in one step or not at all, and it holds {most}"
+            return None if sequence.num_total <= most else Finish(FinishReason.ERROR, error=told)
         num_needed = self._reach.num_needed(sequence.num_total)
         if num_needed <= self.pool.num_blocks:
             return None

@@ -17,6 +17,7 @@ class Sequence:
 
     `num_computed` counts the first tokens, of prompt and output together, whose keys and values are in `blocks`, or
     were: a block that no later token needs is given back and leaves a hole, HOLE, in its place.
+    What draws nothing ends when all of it is computed. What `is_whole` is computed in one step, and keeps no blocks.
     `num_pending` is 1 while an id has been drawn, or is about to be, that the host has not seen yet.
     """
 
@@ -34,14 +35,19 @@ class Sequence:
     names: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as anybody asked
     num_cached: int = 0  # prompt tokens that were found, not computed, when they were first needed
     num_seen: int = -1  # tokens that were in blocks before a preemption; -1 = it has never run
+    is_whole: bool = False
     # Of the request; not properties, since the scheduler asks for them many times in each step.
     id: str = field(init=False)
     num_prompt: int = field(init=False)
     num_source: int = field(init=False)  # tokens that its first chunk costs beside its own, in each slot anew
+    draws: bool = field(init=False)
+    shares: bool = field(init=False)  # its beginning may be found, rather than computed: not all rows are looked at
 
     def __post_init__(self) -> None:
         self.id, self.num_prompt = self.request.id, len(self.request.prompt_ids)
         self.num_source = len(self.request.source_ids)
+        self.draws = self.request.task == "generate"
+        self.shares = not self.is_whole and (self.draws or self.request.pooling in ("", "last"))
 
     @property
     def num_total(self) -> int:
@@ -81,6 +87,8 @@ class Sequence:
 
     def end(self) -> Finish | None:
         """How the ids themselves end the sequence: its last one is a stop id, or there may be no more. None: go on."""
+        if not self.draws:
+            return None
         sampling = self.request.sampling
         # Before `min_tokens` a stop id can't be drawn, but it may stand in the output that another worker left.
         if self.output_ids and len(self.output_ids) > sampling.min_tokens:

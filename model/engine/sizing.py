@@ -61,6 +61,8 @@ def size_engine(
         )
     tokens = max_batch_tokens or (DEVICE_BATCH_TOKENS if device == "cuda" else HOST_BATCH_TOKENS)
     engine = EngineConfig(device, dtype, length, max_num_seqs, max(tokens, max_num_seqs), quantize=quantize)
+    if config.role == "encoder":
+        return replace(engine, max_batch_tokens=max(engine.max_batch_tokens, length))
     engine = with_needs(engine, config)
     per_block = bytes_per_block(config, engine.block_size, as_dtype(dtype))
     reach = Reach(engine.needs, engine.block_size)

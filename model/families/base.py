@@ -65,6 +65,8 @@ class Family:
     plain: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # `names` where the MLP is not gated
     mixed: bool = False  # a key `attention` has a word for the kind of each layer
     transposed: frozenset[str] = frozenset()  # our modules whose weights the checkpoint stores [in, out]
+    classifier: str = ""  # the architecture of those that have labels
+    aliases: Mapping[str, str] = field(default_factory=dict)  # older endings of tensor names -> today's
 
     def read_config(self, raw: Mapping[str, object], source: str = "config.json") -> ModelConfig:
         """The meaning of a parsed config.json; unknown keys are ignored. Raises CheckpointError."""
@@ -91,6 +93,7 @@ class Family:
             eos_ids=found.ids("eos_token_id", values["vocab_size"]),
             start_id=self._start(found, values["vocab_size"]),
             dtype=next((found.word(key, DTYPES) for key in ("dtype", "torch_dtype") if found.has(key)), "float32"),
+            labels=_read_labels(found) if self._classifies(found) else (),
             **values,
         )
 
@@ -109,6 +112,10 @@ class Family:
         raw |= _write_windows(config, self.sliding)
         if self.mixed:
             raw["attention"] = [kind.word for kind in config.attention]
+        if config.labels:
+            raw["architectures"] = [self.classifier]
+            raw["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
+            raw["label2id"] = {label: i for i, label in enumerate(config.labels)}
         back = self.read_config(raw)
         lost = [f.name for f in fields(config) if getattr(back, f.name) != getattr(config, f.name)]
         if lost:
@@ -120,6 +127,10 @@ class Family:
         """One rule for each parameter of the decoder that `config` describes."""
         return tuple(self._rules(config))
 
+    def _classifies(self, found: Fields) -> bool:
+        architectures = found.raw.get("architectures")
+        return bool(self.classifier) and isinstance(architectures, list) and self.classifier in architectures
+
     def _sizes(self, found: Fields) -> dict[str, Any]:
         keys = self.keys
 
@@ -128,7 +139,7 @@ class Family:
 
         hidden, heads = size("hidden_size"), size("num_heads")
         sizes = {name: size(name) for name in ("vocab_size", "num_layers", "max_position")}
-        extras = ("encoder_layers", "relative_buckets", "relative_distance")
+        extras = ("encoder_layers", "relative_buckets", "relative_distance", "num_segments")
         sizes |= {name: size(name) for name in extras if name in keys}
         # A plain MLP is four times as wide as the network unless said; a gated one has no such custom.
         inner = None if self.traits.get("gated_mlp", True) else 4 * hidden
@@ -155,7 +166,8 @@ class Family:
 
     def _rules(self, config: ModelConfig) -> Iterator[Rule]:
         names = self.names if config.gated_mlp else {**self.names, **self.plain}
-        for ours, sizes, width, bias in _modules(config):
+        modules = _modules(config) if config.role == "decoder" else _encoder_modules(config)
+        for ours, sizes, width, bias in modules:
             layer = next((part for part in ours.split(".") if part.isdecimal()), "")
             pattern = ours.replace(f".{layer}.", ".*.", 1) if layer else ours
             theirs = tuple(name.replace("*", layer) for name in names[pattern])
@@ -213,6 +225,25 @@ def _layer(
     yield f"{name}.mlp.down", (hidden,), inner, config.mlp_bias
 
 
+def _encoder_modules(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int | None, bool]]:
+    """The same of an encoder; what turns the first row into labels is there where there are labels."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    yield "embed", (config.vocab_size,), hidden, False
+    yield "positions", (config.max_position,), hidden, False
+    yield "segments", (config.num_segments,), hidden, False
+    yield "embed_norm", (hidden,), None, True
+    for i in range(config.num_layers):
+        yield f"layers.{i}.attn.qkv", (hidden,) * 3, hidden, config.qkv_bias
+        yield f"layers.{i}.attn.out", (hidden,), hidden, config.out_bias
+        yield f"layers.{i}.attn_norm", (hidden,), None, True
+        yield f"layers.{i}.mlp.up", (inner,), hidden, config.mlp_bias
+        yield f"layers.{i}.mlp.down", (hidden,), inner, config.mlp_bias
+        yield f"layers.{i}.mlp_norm", (hidden,), None, True
+    if config.labels:
+        yield "pooler", (hidden,), hidden, True
+        yield "classifier", (len(config.labels),), hidden, True
+
+
 def _read_kinds(found: Fields, num_layers: int) -> tuple[Kind, ...]:
     """Each layer's kind."""
     words = found.raw.get("attention")
@@ -222,6 +253,17 @@ def _read_kinds(found: Fields, num_layers: int) -> tuple[Kind, ...]:
         return tuple(read_kind(str(word)) for word in words)
     except ValueError as error:
         raise CheckpointError(f"{found.source}: attention: {error}") from error
+
+
+def _read_labels(found: Fields) -> tuple[str, ...]:
+    """The labels in the order of their numbers; unnamed ones are two, as transformers has it."""
+    named = found.section("id2label")
+    if named is None:
+        return tuple(f"LABEL_{i}" for i in range(found.integer("num_labels", 2)))
+    labels = [named.raw.get(str(i)) for i in range(len(named.raw))]
+    if len(labels) < 2 or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        found.fail("id2label", "two or more different labels by number, from 0 on")
+    return tuple(str(label) for label in labels)
 
 
 def _read_rope(found: Fields, max_position: int) -> Rope:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from model.config import CheckpointError, GenerationDefaults, ModelConfig
+from model.config import CheckpointError, GenerationDefaults, ModelConfig, Pooling
 from model.families.base import Family
+from model.families.bert import BERT
 from model.families.fields import Fields, read_json
 from model.families.gpt2 import GPT2
 from model.families.llama import LLAMA
@@ -17,8 +18,13 @@ from model.families.streams import STREAMS
 from model.families.t5 import T5
 from model.families.transformer import TRANSFORMER
 
+POOLINGS: Mapping[str, Pooling] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, T5, TRANSFORMER, STREAMS)
+    family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, T5, TRANSFORMER, BERT, STREAMS)
 }
 
 
@@ -33,7 +39,8 @@ def read_config(folder: Path) -> ModelConfig:
     family = Fields(raw, str(path)).word("model_type", FAMILIES)
     config = family.read_config(raw, str(path))
     also = _generation_fields(folder).ids("eos_token_id", config.vocab_size)
-    return replace(config, eos_ids=tuple(dict.fromkeys(config.eos_ids + also)))
+    eos_ids = tuple(dict.fromkeys(config.eos_ids + also))
+    return replace(config, eos_ids=eos_ids, pooling=_read_pooling(folder) or config.pooling)
 
 
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
@@ -50,6 +57,18 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
         min_p=found.number("min_p", neutral.min_p, least=0, most=1),
         repetition_penalty=found.number("repetition_penalty", neutral.repetition_penalty),
     )
+
+
+def _read_pooling(folder: Path) -> Pooling | None:
+    """What sentence-transformers wrote down beside the network; None where it did not. Raises CheckpointError."""
+    path = folder / "1_Pooling" / "config.json"
+    if not path.exists():
+        return None
+    found = Fields(read_json(path), str(path))
+    known = [pooling for key, pooling in POOLINGS.items() if found.flag(key)]
+    if len(known) != 1:
+        raise CheckpointError(f"{path}: found {len(known)} of {', '.join(POOLINGS)} true, expected one")
+    return known[0]
 
 
 def _generation_fields(folder: Path) -> Fields:

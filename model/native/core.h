@@ -57,7 +57,7 @@ struct Chunk {
 };
 
 struct Step {
-    int32_t num_rows, num_chunks, num_wanted;
+    int32_t num_rows, num_chunks, num_wanted, num_told;
     const int32_t* ids;     // [num_rows]
     const Chunk* chunks;    // cover all rows, in order
     const int32_t* tables;  // block numbers
@@ -65,6 +65,8 @@ struct Step {
     float* logits;          // [num_wanted][vocab]
     int32_t* best;          // [num_wanted] the highest logit's id, the lowest among equals; -1: it is not finite
     uint8_t* finite;        // [num_rows]
+    const int32_t* told;    // [num_told] rows whose final hidden numbers are wanted
+    float* hidden;          // [num_told][hidden]
 };
 
 VISIBLE int millrace_level();  // 0: any processor, 1: AVX2, 2: AVX-512 with VNNI and bfloat16, 3: and AMX

@@ -65,7 +65,10 @@ class Network(Structure):
 class Step(Structure):
     """One step's rows and where its results go."""
 
-    _fields_ = _fields(int="num_rows num_chunks num_wanted", pointer="ids chunks tables wanted logits best finite")
+    _fields_ = _fields(
+        int="num_rows num_chunks num_wanted num_told",
+        pointer="ids chunks tables wanted logits best finite told hidden",
+    )
 
 
 @cache

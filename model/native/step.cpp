@@ -327,6 +327,10 @@ template <class P> struct Forward {
             for (int i = 0; i < net.hidden; i += WIDTH) zeros += load(c.x + row * c.hidden + i) * 0.0f;
             step.finite[row] = total(zeros) == 0;
         });
+        c.team.each(me, step.num_told, [&](int i) {
+            float* out = step.hidden + int64_t(i) * net.hidden;
+            norm(net.norm, c.x + step.told[i] * c.hidden, net.hidden, net.eps, out);
+        });
         c.team.each(me, step.num_wanted, [&](int i) {
             float* out = c.normed + i * c.hidden;
             norm(net.norm, c.x + step.wanted[i] * c.hidden, net.hidden, net.eps, out);
@@ -401,7 +405,7 @@ void* millrace_open(const Network* network, int num_threads) { return new Core(*
 
 void millrace_step(void* core, const Step* step) {
     Core& c = *(Core*)core;
-    constexpr int PHASES_PER_LAYER = 10, OTHER_PHASES = 5;
+    constexpr int PHASES_PER_LAYER = 10, OTHER_PHASES = 6;
     int num_tasks = count_tasks(c, *step);
     c.team.run(c.net.num_layers * PHASES_PER_LAYER + OTHER_PHASES, [&c, copy = *step, num_tasks](Team::Member& me) {
         if (c.net.precision == FLOAT32) Forward<Float32>{c, copy, num_tasks, me}.run();

@@ -85,11 +85,11 @@ def num_parameters(decoder: nn.Module) -> int:
     return sum(p.numel() for p in decoder.parameters())
 
 
-def product_shapes(decoder: Decoder) -> set[tuple[int, int]]:
+def product_shapes(decoder: nn.Module) -> set[tuple[int, int]]:
     """Shapes (out, in) of the weights that rows are multiplied by, but for quantised ones."""
     weights = [layer.weight for layer in decoder.modules() if isinstance(layer, nn.Linear)]
     weights += [layer.get_buffer("weight") for layer in decoder.modules() if isinstance(layer, Features)]
-    if decoder.head is None and isinstance(decoder.embed, nn.Embedding):
+    if isinstance(decoder, Decoder) and decoder.head is None and isinstance(decoder.embed, nn.Embedding):
         weights.append(decoder.embed.weight)
     return {(weight.shape[0], weight.shape[1]) for weight in weights}
 

@@ -8,9 +8,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.families.registry import FAMILIES
+from model.nn.bert import Encoder
 from model.nn.decoder import Decoder, as_dtype
 from model.training.checkpoint import save_tensors
 from model.training.data import END
+from model.training.labelled import SPECIAL
 
 # What was trained on plain text knows no roles, so a conversation is told as prose. A wish is spoken by a child, and
 # the story follows; anything else is the beginning of the story, and the answer goes on in the same paragraph.
@@ -47,11 +49,8 @@ GREEDY = {"do_sample": False, "temperature": 0.0}
 
 def export(decoder: Decoder, tokenizer: Tokenizer, dtype: str, folder: Path) -> None:
     """Write config.json, model.safetensors (weights as `dtype`), the tokenizer's files and generation_config.json."""
-    family, config = FAMILIES[decoder.config.family], decoder.config
-    parameters, tensors = dict(decoder.named_parameters()), dict[str, Tensor]()
-    for rule in family.rules(config):
-        for name, part in zip(rule.theirs, torch.split(parameters[rule.ours], list(rule.sizes)), strict=True):
-            tensors[name] = (part.T if rule.transpose else part).to(as_dtype(dtype))
+    config = decoder.config
+    _save_network(decoder, dtype, folder)
     end = tokenizer.token_to_id(END)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -63,12 +62,29 @@ def export(decoder: Decoder, tokenizer: Tokenizer, dtype: str, folder: Path) -> 
     sampling: dict[str, object] = {**(GREEDY if config.encoder_layers else SAMPLING)}
     if not config.encoder_layers:
         settings["chat_template"] = CHAT_TEMPLATE
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write(folder / "config.json", family.write_config(config))
     _write(folder / "tokenizer_config.json", settings)
     _write(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, **sampling})
+
+
+def export_classifier(encoder: Encoder, tokenizer: Tokenizer, dtype: str, folder: Path) -> None:
+    """The same for an encoder with labels, which generates nothing."""
+    _save_network(encoder, dtype, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {f"{name}_token": token for name, token in zip(("pad", "unk", "cls", "sep", "mask"), SPECIAL, strict=True)}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": encoder.config.max_position}
+    _write(folder / "tokenizer_config.json", settings | named)
+
+
+def _save_network(network: Decoder | Encoder, dtype: str, folder: Path) -> None:
+    family, config = FAMILIES[network.config.family], network.config
+    parameters, tensors = dict(network.named_parameters()), dict[str, Tensor]()
+    for rule in family.rules(config):
+        for name, part in zip(rule.theirs, torch.split(parameters[rule.ours], list(rule.sizes)), strict=True):
+            tensors[name] = (part.T if rule.transpose else part).to(as_dtype(dtype))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    _write(folder / "config.json", family.write_config(config))
 
 
 def _write(file: Path, values: dict[str, object]) -> None:

@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from model.nn.decoder import Decoder
+from torch import Tensor, nn
 
 Apply = Callable[[Callable[[Tensor], Tensor], list[Tensor]], Iterable[Tensor]]
 """`map`, or a thread pool's."""
@@ -15,7 +13,7 @@ Apply = Callable[[Callable[[Tensor], Tensor], list[Tensor]], Iterable[Tensor]]
 Optimizers = tuple[torch.optim.Optimizer, ...]
 
 
-def make_optimizers(decoder: Decoder, name: str, weight_decay: float, apply: Apply = map) -> Optimizers:
+def make_optimizers(decoder: nn.Module, name: str, weight_decay: float, apply: Apply = map) -> Optimizers:
     """`adamw` or `muon`; embeddings, head, norms and biases are AdamW's in both. Matrices decay, vectors do not."""
     named = list(decoder.named_parameters())
     vectors = [p for _, p in named if p.ndim < 2]

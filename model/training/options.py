@@ -48,8 +48,27 @@ FAMILIES: dict[str, Switches] = {
         "scaled_head": True,
     },
 }
-PAIRED = ("transformer", "t5")  # those that answer a source, and are taught with pairs
 """How each family's network differs from the plain one (`ModelConfig`'s defaults)."""
+PAIRED = ("transformer", "t5")  # those that answer a source, and are taught with pairs
+
+CLASSIFIERS: dict[str, Switches] = {
+    "bert": {
+        "role": "encoder",
+        "norm": "layernorm",
+        "norm_eps": 1e-12,
+        "position": "learned",
+        "activation": "gelu",
+        "gated_mlp": False,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "num_segments": 2,
+        "pooling": "mean",
+    },
+}
+"""The same of those that tell labels."""
+
+DECODERS_ONLY = """num_kv_heads head_dim window untied short_context micro_tokens workers autocast compile""".split()  # noqa: SIM905
 
 
 COUNTS = """hidden_size num_layers num_heads context batch_tokens steps eval_every eval_tokens report_every save_every
@@ -72,14 +91,16 @@ class TrainConfig:
     data: Path = field(
         metadata={
             "help": "a .txt or .txt.xz file, or a folder of them (valid* is for validation); for transformer and t5 "
-            "pairs: a file with a tab in each line, or sources whose answers are in --target"
+            "pairs: a file with a tab in each line, or sources whose answers are in --target; to classify, a .csv or "
+            ".tsv file with a column `label` and one other"
         }
     )
     out: Path = field(metadata={"help": "folder for the model; the run's own files go to its run/"})
+    task: str = option("generate", "what to learn: to go on with texts, or to label them", ("generate", "classify"))
     target: str = option("", "file with the answer to each line of --data; .gz and .xz are unpacked")
     valid: str = option("", "pairs for validation, like --data; none: the last part of --data")
     valid_target: str = option("", "file with the answer to each line of --valid")
-    family: str = option("llama", "architecture", tuple(FAMILIES))
+    family: str = option("llama", "architecture; of what labels it is bert", (*FAMILIES, *CLASSIFIERS))
     vocab_size: int = option(4096, "tokens of the byte-level BPE tokenizer, 257 to 65536")
     hidden_size: int = option(256, "width")
     num_layers: int = option(6, "depth")
@@ -112,6 +133,8 @@ class TrainConfig:
     label_smoothing: float = option(0.0, "part of each target that is spread over the vocabulary")
     seed: int = option(1, "of weights, data order and dropout")
     valid_fraction: float = option(0.01, "part held out when the data brings no valid* file")
+    test_fraction: float = option(0.1, "to classify: part that is looked at once, at the end")
+    masked_fraction: float = option(0.5, "to classify: part of the steps that fill in hidden words, before any label")
     eval_every: int = option(250, "steps between validations and samples")
     eval_tokens: int = option(32768, "validation tokens looked at on the way; the end looks at all")
     report_every: int = option(10, "steps between lines of progress")
@@ -125,9 +148,11 @@ class TrainConfig:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 1 or more")
+        labels, plain = self.task == "classify", {item.name: item.default for item in fields(self)}
+        idle = [name for name in DECODERS_ONLY if labels and getattr(self, name) != plain[name]]
         kv_heads, short = self.num_kv_heads or self.num_heads, self.short_context or self.context
         head_dim = self.head_dim or self.hidden_size // self.num_heads
-        refusals = (
+        refusals: tuple[tuple[object, str], ...] = (
             (not 257 <= self.vocab_size <= 65536, f"--vocab-size {self.vocab_size}: expected 257 to 65536"),
             (self.num_heads % kv_heads, f"--num-kv-heads {kv_heads}: no divisor of --num-heads {self.num_heads}"),
             (self.family == "gpt2" and kv_heads != self.num_heads, f"--num-kv-heads {kv_heads}: gpt2 has all heads"),
@@ -151,6 +176,11 @@ class TrainConfig:
                 f"--workers {self.workers}: not with --dropout, whose draws would vary",
             ),
         )
+        refusals += (
+            (labels != (self.family in CLASSIFIERS), f"--family {self.family}: not with --task {self.task}"),
+            (idle, f"--{''.join(idle[:1]).replace('_', '-')}: not with --task {self.task}"),
+            (not 0 <= self.masked_fraction < 1, f"--masked-fraction {self.masked_fraction}: expected 0 to below 1"),
+        )
         for refused, message in refusals:
             if refused:
                 raise OptionError(message)
@@ -172,7 +202,7 @@ class TrainConfig:
 
     def network(self, vocab_size: int) -> ModelConfig:
         """The network asked for, over as many tokens as the tokenizer has."""
-        switches = FAMILIES[self.family]
+        switches = (FAMILIES | CLASSIFIERS)[self.family]
         inner = self.hidden_size * (3 if switches.get("gated_mlp", True) else 4)
         return ModelConfig(
             family=STREAMS if self.attention else self.family,
@@ -215,5 +245,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(namespace: argparse.Namespace) -> TrainConfig:
-    """The parsed arguments as a TrainConfig."""
-    return TrainConfig(**{item.name: getattr(namespace, item.name) for item in fields(TrainConfig)})
+    """The parsed arguments as a TrainConfig. What labels is of another family than what goes on with texts."""
+    given = {item.name: getattr(namespace, item.name) for item in fields(TrainConfig)}
+    if given["task"] == "classify" and given["family"] == next(iter(FAMILIES)):
+        given["family"] = next(iter(CLASSIFIERS))
+    return TrainConfig(**given)

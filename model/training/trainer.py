@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from model.nn.bert import Encoder
 from model.nn.decoder import Decoder, num_parameters
 from model.nn.lstm import LstmMixer
 from model.training import checkpoint, data
@@ -37,7 +38,7 @@ Report = Callable[[str], None]
 FIXED = (
     *("data", "target", "family", "encoder_layers", "vocab_size", "hidden_size", "num_layers", "num_heads"),
     *("num_kv_heads", "head_dim", "intermediate_size", "window", "attention", "untied", "context", "batch_tokens"),
-    *("optimizer", "seed"),
+    *("optimizer", "seed", "task", "masked_fraction", "valid_fraction", "test_fraction"),
 )
 
 
@@ -47,7 +48,7 @@ def train(config: TrainConfig, report: Report) -> None:
     `report` gets a line at a time. Raises OptionError before any work when the arguments or the data can't be used.
     """
     folder = config.out / "run"
-    _open_folder(config, folder)
+    open_folder(config, folder)
     lesson = prepare_pairs(config, folder, report) if config.is_paired else prepare(config, folder, report)
     run = Run(config, folder, lesson)
     report(
@@ -60,7 +61,7 @@ def train(config: TrainConfig, report: Report) -> None:
     report(f"wrote {config.out}: millrace serve --model {config.out}")
 
 
-def _open_folder(config: TrainConfig, folder: Path) -> None:
+def open_folder(config: TrainConfig, folder: Path) -> None:
     """Make the run's folder, or see that the run in it is this one. Raises OptionError."""
     file = folder / "config.json"
     if (config.out / "config.json").exists() and not file.exists():
@@ -173,7 +174,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16) if on else nullcontext()
 
 
-def initialise(decoder: Decoder) -> None:
+def initialise(decoder: Decoder | Encoder) -> None:
     """Normal(0, 0.02) matrices, those that write into the residual stream divided by sqrt(2 layers) so that its size
     does not grow with depth (GPT-2, Radford et al. 2019, 2.3), and zero biases. Where norms come after the sums, that
     size is theirs to set: matrices keep the size of what goes through them (Glorot and Bengio 2010)."""

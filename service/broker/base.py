@@ -65,7 +65,8 @@ class Timings:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One piece of a request's log: ids from output position `start` on. The terminal one has `finish`, `timings`, and
-    how many tokens of the prompt were not computed but found, if it came from an engine."""
+    if it came from an engine how many tokens of the prompt were not computed but found, and the `result` of what draws
+    nothing, as a `Delta` has it."""
 
     start: int
     token_ids: tuple[int, ...] = ()
@@ -73,6 +74,7 @@ class Entry:
     finish: Finish | None = None
     timings: Timings | None = None
     num_cached: int = 0
+    result: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

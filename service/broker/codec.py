@@ -3,8 +3,9 @@
 Owns the wire format and nothing else; it knows no queue, no network and no worker. Every value is an array that starts
 with a version. A request is a map by field name: a field this program does not know, and a version it does not speak,
 are refused, never skipped, while a missing field takes its default. Entries are written once per token and therefore
-positional; their last part is there only where it says something, as in an older program's there is none. Redis's
-functions write terminal entries too: they have no null, so false stands for it there. The format:
+positional; their last parts are there only where they say something, as in an older program's there are none. Redis's
+functions write terminal entries too: they have no null, so false stands for it there. Their reader knows no binary type
+either, so a result's bytes go as a string, with bytes that are no UTF-8 as they are. The format:
 https://github.com/msgpack/msgpack/blob/master/spec.md
 """
 
@@ -18,6 +19,9 @@ from service.broker.base import Entry
 from service.errors import MillraceError
 
 VERSION = 1
+# Fields that came after the first programs, with what they are where nobody asks for them.
+LATER = {"cache_salt": "", "source_ids": (), "task": "generate", "pooling": ""}
+RAW = "surrogateescape"
 
 
 class CodecError(MillraceError):
@@ -28,10 +32,9 @@ class CodecError(MillraceError):
 
 def encode_request(request: Request) -> bytes:
     body = _as_map(request)
-    if not request.cache_salt:
-        del body["cache_salt"]  # a program that does not know it reads what does not need it
-    if not request.source_ids:
-        del body["source_ids"]
+    for name, usual in LATER.items():
+        if body[name] == usual:
+            del body[name]  # a program that does not know it reads what does not need it
     return _pack((VERSION, body))
 
 
@@ -51,13 +54,14 @@ def encode_entry(delta: Delta) -> bytes:
     logprobs = [(item.logprob, item.top) for item in delta.logprobs] if delta.logprobs else ()
     end = delta.finish
     finish = None if end is None else (end.reason, end.stop_reason, end.error)
-    cached = (delta.num_cached,) if delta.num_cached else ()
-    return _pack((VERSION, delta.start, delta.token_ids, logprobs, finish, *cached))
+    tail: tuple[object, ...] = (delta.num_cached,) if delta.num_cached or delta.result else ()
+    tail += (delta.result.decode(errors=RAW),) if delta.result else ()
+    return _pack((VERSION, delta.start, delta.token_ids, logprobs, finish, *tail), RAW)
 
 
 def decode_entry(raw: bytes) -> Entry:
     """What a reader gets of it, but for the timings. Raises `CodecError`."""
-    start, token_ids, logprobs, finish, *cached = _body(raw, (4, 5))
+    start, token_ids, logprobs, finish, *tail = _body(raw, (4, 5, 6), RAW)
     try:
         return Entry(
             start,
@@ -66,14 +70,15 @@ def decode_entry(raw: bytes) -> Entry:
             None
             if finish is None
             else Finish(FinishReason(finish[0]), *(v if v is not False else None for v in finish[1:])),
-            num_cached=int(*cached),
+            num_cached=int(*tail[:1]),
+            result=str(*tail[1:]).encode(errors=RAW),
         )
     except (TypeError, ValueError, IndexError) as error:
         raise CodecError(f"a stored entry does not fit version {VERSION}: {error}") from error
 
 
-def _pack(value: object) -> bytes:
-    packed: bytes = msgpack.packb(value, default=_as_map)
+def _pack(value: object, errors: str = "strict") -> bytes:
+    packed: bytes = msgpack.packb(value, default=_as_map, unicode_errors=errors)
     return packed
 
 
@@ -81,10 +86,10 @@ def _as_map(value: Any) -> dict[str, object]:
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
-def _body(raw: bytes, sizes: tuple[int, ...]) -> Any:
+def _body(raw: bytes, sizes: tuple[int, ...], errors: str = "strict") -> Any:
     """What follows the version. Arrays come back as tuples, as our frozen values have them."""
     try:
-        version, *body = msgpack.unpackb(raw, use_list=False)
+        version, *body = msgpack.unpackb(raw, use_list=False, unicode_errors=errors)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise CodecError(f"{len(raw)} stored bytes are not a record: {error}") from error
     if version != VERSION or len(body) not in sizes:

@@ -23,7 +23,7 @@ class Log:
     token cost half as much again from here to its reader.
     """
 
-    __slots__ = ("_ids", "_logprobs", "_waiting", "error", "finish", "num_cached", "timings")
+    __slots__ = ("_ids", "_logprobs", "_waiting", "error", "finish", "num_cached", "result", "timings")
 
     def __init__(self) -> None:
         self._ids = array("I")
@@ -31,7 +31,7 @@ class Log:
         self._waiting: list[asyncio.Future[Entry | None]] = []  # readers that have everything
         self.finish: Finish | None = None
         self.timings: Timings | None = None
-        self.num_cached = 0
+        self.num_cached, self.result = 0, b""
         self.error: Exception | None = None  # raised to whoever follows, in place of further entries
 
     @property
@@ -43,7 +43,8 @@ class Log:
         assert self.finish is None and entry.start == len(self._ids), (entry.start, len(self._ids), self.finish)
         self._ids.extend(entry.token_ids)
         self._logprobs.extend(entry.logprobs)
-        self.finish, self.timings, self.num_cached = entry.finish, entry.timings, entry.num_cached
+        self.finish, self.timings = entry.finish, entry.timings
+        self.num_cached, self.result = entry.num_cached, entry.result
         self._wake(entry)
 
     def fail(self, error: Exception) -> None:
@@ -56,7 +57,7 @@ class Log:
         ids, logprobs = tuple(self._ids[position:]), tuple(self._logprobs[position:])
         if self.finish is None:
             return Entry(position, ids, logprobs)
-        return Entry(position, ids, logprobs, self.finish, self.timings, self.num_cached)
+        return Entry(position, ids, logprobs, self.finish, self.timings, self.num_cached, self.result)
 
     async def read(self, after: int = 0, reading: AbstractContextManager[None] = UNWATCHED) -> AsyncIterator[Entry]:
         """Live, to the terminal entry. A slow reader costs nothing: it finds all at once what came meanwhile. `reading`

@@ -322,7 +322,8 @@ class MemoryBroker:
             timings = Timings(record.queue_s, record.ttft_s, self._age_s(record))
             self._num_ended[delta.finish.reason] += 1
             self._leave(record)
-        record.log.append(Entry(delta.start, delta.token_ids, delta.logprobs, delta.finish, timings, delta.num_cached))
+        told = (delta.start, delta.token_ids, delta.logprobs, delta.finish, timings, delta.num_cached, delta.result)
+        record.log.append(Entry(*told))
 
     def _leave(self, record: _Record) -> None:
         """It ends here. With the last of a group, the time of their logs begins to run."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.errors import MillraceError, Overloaded
+from service.errors import IdempotencyConflict, MillraceError, Overloaded
 from service.http.backend import Backend
 from service.http.body import read_json
 from service.http.generation import Generation
@@ -80,6 +80,8 @@ class Answering:
             if visit is not None:
                 visit.reserve(taken.most_tokens)
             intake = await admitted(broker, taken, key, served)
+            if intake.group[0].task != taken.group[0].task:  # the same body and key, on another route
+                raise IdempotencyConflict
         body = order.asked.body
         to_leave_is_to_cancel = not (body.resumable or body.background)
         generation = Generation(intake, served, broker, self._metrics, cancels=to_leave_is_to_cancel, trace=trace)

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import MillraceError
 from service.http.answering import CLIENT
+from service.http.attention_routes import AttentionRoutes
 from service.http.backend import Backend
 from service.http.gate import Gate, Rules
 from service.http.intake import Client
@@ -27,6 +28,7 @@ from service.http.responses_routes import ResponsesRoutes
 from service.http.routes import Routes
 from service.http.sse import HEAD, SEND
 from service.http.text_routes import TextRoutes
+from service.http.vector_routes import VectorRoutes
 from service.http.watching import WatchRoutes
 from service.metrics import Metrics
 
@@ -53,6 +55,8 @@ def create_app(backend: Backend, metrics: Metrics, version: str = "0", rules: Ru
     app.include_router(ResponsesRoutes(backend, metrics).router())
     app.include_router(TextRoutes(backend).router())
     app.include_router(WatchRoutes(backend, metrics).router())
+    app.include_router(VectorRoutes(backend, metrics).router())
+    app.include_router(AttentionRoutes(backend).router())
     add_pages(app)
     app.add_exception_handler(MillraceError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

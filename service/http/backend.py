@@ -28,6 +28,7 @@ class Backend:
         self.broker: RequestSide | None = None
         self._watch, self._refuse, self.facts = watch, refuse, facts
         self.traces: Traces | None = None
+        self.look: Callable[[list[int]], list[list[list[float]]]] | None = None  # for `/attention`, where it is on
 
     def loaded(self, served: Served, broker: RequestSide) -> None:
         """From now on requests are served, with this. May be called again; requests that run keep what they have."""

@@ -70,7 +70,7 @@ class Choice:
         self.num_tokens = 0
         self.finish: Finish | None = None
         self.timings: Timings | None = None
-        self.num_cached = 0
+        self.num_cached, self.result = 0, b""
         self.held_back = ""
         self.told_end = False  # by its terminal entry, and not by a failure here
         self._assembler = Assembler(served.tokenizer, request)
@@ -93,7 +93,7 @@ class Choice:
             self.book.tokens(len(entry.token_ids), now_s)
         if entry.finish is not None:
             self.finish, self.timings, self.told_end = entry.finish, entry.timings, True
-            self.num_cached = entry.num_cached
+            self.num_cached, self.result = entry.num_cached, entry.result
             self.held_back = self._opening + self._assembler.finish()
             queue_s = entry.timings.queue_s if entry.timings else None
             self.book.end(entry.finish.reason, now_s, queue_s, entry.finish.stop_reason)

@@ -10,19 +10,21 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
-from model.config import GenerationDefaults
+from model.config import GenerationDefaults, Pooling
 from model.grammar import GrammarError
 from model.grammar_check import MAX_WAITING, GrammarCheck, TooManyTrials, of_lark, of_schema
-from model.request import Grammar, Request, SamplingParams, TextOptions, begun, child_seed
+from model.request import Grammar, Request, SamplingParams, Task, TextOptions, begun, child_seed
 from model.tokenizer import Tokenizer
-from service.errors import InvalidRequest, ModelNotFound, Overloaded, PromptTooLong
+from service.errors import InvalidRequest, ModelNotFound, Overloaded, PromptTooLong, TaskNotSupported
 from service.http.schemas import ALLOWED, GenerateRequest
 
 MAX_INLINE_CHARS = 4096  # a longer prompt is tokenised in a thread; for a shorter one the way there costs more
 GRAMMAR_RETRY_S = 5  # where too many are tried already
 SEED_BITS = 53  # of a drawn seed: the largest integers that every JSON reader can hand back unharmed
+
+NOTHING_DRAWN = SamplingParams(max_tokens=0)
 
 Number = TypeVar("Number", int, float)
 
@@ -43,6 +45,10 @@ class Served:
     max_request_s: float = 3600.0
     grammars: GrammarCheck = field(default_factory=GrammarCheck)
     start_id: int | None = None  # of a model that answers a prompt instead of going on with it: an answer's first id
+    tasks: tuple[str, ...] = ("generate", "embed")
+    labels: tuple[str, ...] = ()
+    hidden_size: int = 0  # numbers in an embedding
+    pooling: Pooling = "last"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,8 @@ class Asked:
     prompts: tuple[Prompt, ...] = ()
     about: str = ""
     kind: str = "gen-"
+    task: Task = "generate"
+    pooling: Pooling | Literal[""] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +124,23 @@ class Intake:
 
 
 async def take_in(asked: Asked, served: Served, client: Client = Client()) -> Intake:  # frozen
-    """Raises `ModelNotFound`, `InvalidRequest`, `PromptTooLong`, and `Overloaded` where too many grammars are tried."""
+    """Raises `ModelNotFound`, `TaskNotSupported`, `InvalidRequest`, `PromptTooLong`, and `Overloaded` where too many
+    grammars are tried."""
     body = asked.body
     if body.model not in (None, served.name):
         raise ModelNotFound(str(body.model), served.name)
+    if asked.task not in served.tasks:
+        raise TaskNotSupported(asked.task, served.name, served.tasks)
     now_s = time.time()
     seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
     grammar = await _grammar(body, served)
     sequences: list[tuple[tuple[int, ...], tuple[int, ...], SamplingParams]] = []
     for prompt in asked.prompts or (body.prompt,):
-        prompt_ids, source_ids = begun(await _prompt_ids(prompt, body, served), served.start_id)
+        prompt_ids, source_ids = begun(await _prompt_ids(prompt, asked, served), served.start_id)
         if grammar is not None and served.tokenizer.detokenizer(prompt_ids).flush():
             raise InvalidRequest("prompt", prompt, "with a grammar, ids that do not end in the middle of a character")
-        sampling = _sampling(body, served, seed, room=served.max_model_len - len(prompt_ids))
+        room = served.max_model_len - len(prompt_ids)
+        sampling = _sampling(body, served, seed, room) if asked.task == "generate" else [NOTHING_DRAWN]
         sequences += [(prompt_ids, source_ids, each) for each in sampling]
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     id = asked.kind + secrets.token_hex(16)
@@ -154,14 +166,18 @@ async def take_in(asked: Asked, served: Served, client: Client = Client()) -> In
             traceparent=client.traceparent,
             cache_salt=body.cache_salt or "",
             source_ids=source_ids,
+            task=asked.task,
+            pooling=asked.pooling,
         )
         for i, (prompt_ids, source_ids, sampling) in enumerate(sequences)
     )
     return Intake(group)
 
 
-async def _prompt_ids(prompt: Prompt, body: GenerateRequest, served: Served) -> tuple[int, ...]:
-    encode, limit = served.tokenizer.encode, served.max_model_len - 1  # one token at least must be generated
+async def _prompt_ids(prompt: Prompt, asked: Asked, served: Served) -> tuple[int, ...]:
+    body, draws = asked.body, asked.task == "generate"
+    encode, field = served.tokenizer.encode, "prompt" if draws else "input"
+    limit = served.max_model_len - draws  # one token at least must be generated
     if isinstance(prompt, list):
         ids = prompt
     elif not isinstance(prompt, str):
@@ -177,8 +193,8 @@ async def _prompt_ids(prompt: Prompt, body: GenerateRequest, served: Served) -> 
         room = min(body.max_tokens, served.max_model_len // 2) if served.start_id is None else 1
         ids = ids[-max(1, served.max_model_len - room) :]
     if not ids:
-        raise InvalidRequest("prompt", prompt, "text that makes at least one token")
-    _check_ids("prompt", ids, served)
+        raise InvalidRequest(field, prompt, "text that makes at least one token")
+    _check_ids(field, ids, served)
     return tuple(ids)
 
 
@@ -243,7 +259,8 @@ def _sampling(body: GenerateRequest, served: Served, seed: int, room: int) -> li
 
 def _check_ids(field: str, ids: list[int], served: Served) -> None:
     if ids and max(ids) >= served.vocab_size:
-        raise InvalidRequest(field, max(ids), f"{ALLOWED[field]}; the vocabulary is 0 to {served.vocab_size - 1}")
+        allowed = ALLOWED.get(field, "token ids of the vocabulary")
+        raise InvalidRequest(field, max(ids), f"{allowed}; the vocabulary is 0 to {served.vocab_size - 1}")
 
 
 def _given(value: Number | None, default: Number) -> Number:

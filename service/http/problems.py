@@ -15,6 +15,7 @@ HANDOVER_RETRY_S = 1  # another process serves already, or this one's successor 
 PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed": (400, "The body is not JSON"),
     "bad_request": (400, "Not a request that can be read"),
+    "task_not_supported": (400, "The model can't do that"),
     "invalid_api_key": (401, "The key is missing or not known"),
     "forbidden": (403, "Not from there"),
     "model_not_found": (404, "No such model"),

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.broker.base import RequestSide
+from service.errors import RequestNotFound
 from service.http.answering import Speak, client_of, refusals
 from service.http.backend import Backend
 from service.http.generation import Generation, Piece
@@ -35,7 +36,7 @@ class Stored:
         leave ends nothing."""
         with refusals(self._metrics, client_of(request)):
             served, broker = self._backend.get()
-            intake = await stored(broker, id, client_of(request).tenant, served)
+            intake = _written(await stored(broker, id, client_of(request).tenant, served))
             counts, with_progress = after(intake), wants_progress(request)
         if request.scope.get(HEAD) and counts is None:  # it would wait for the answer
             return Response(media_type="application/json")
@@ -51,7 +52,7 @@ class Stored:
         """A stored request as it is now. Told also while this process serves others no more: it costs little."""
         with refusals(self._metrics, client_of(request)):
             served, broker = self._backend.open()
-            intake = await stored(broker, id, client_of(request).tenant, served)
+            intake = _written(await stored(broker, id, client_of(request).tenant, served))
             generation = Generation(intake, served, broker, self._metrics)
             pieces, waits = await generation.glance()
             return Response(tell(generation, served, pieces, waits), media_type="application/json")
@@ -67,3 +68,10 @@ async def cancel_group(broker: RequestSide, id: str, tenant: str) -> None:
     """All sequences of a request. Raises `RequestNotFound` and `Unavailable`."""
     for child in await broker.lookup(check_id(id), tenant):
         await broker.cancel(child.id, tenant)
+
+
+def _written(intake: Intake) -> Intake:
+    """Raises `RequestNotFound` for one that has no text to be read."""
+    if intake.group[0].task != "generate":
+        raise RequestNotFound(f"request {intake.id} is answered once, where it is asked")
+    return intake

@@ -17,6 +17,7 @@ from model.request import Finish, TokenLogprob
 from model.tokenizer import Tokenizer
 from service.broker.base import CANCELLED, Entry, Glance
 from service.http.app import create_app
+from service.http.attention_routes import Look
 from service.http.backend import Backend
 from service.http.gate import Rules
 from service.metrics import Metrics
@@ -74,9 +75,12 @@ class _Quiet(uvicorn.Server):
 
 
 @contextmanager
-def stage(broker: Reciter, rules: Rules | None = None, max_model_len: int = 4096) -> Iterator[int]:
+def stage(
+    broker: Reciter, rules: Rules | None = None, max_model_len: int = 4096, look: Look | None = None
+) -> Iterator[int]:
     """Serve the page over `broker`, on the port that this yields."""
-    backend, metrics = Backend(), Metrics()
+    backend, metrics = Backend(facts=lambda: {"attention_view": True} if look else {}), Metrics()
+    backend.look = look
     served = replace(SERVED, tokenizer=TOKENIZER, max_model_len=max_model_len, eos_ids=())
     backend.loaded(served, broker)
     app = create_app(backend, metrics, rules=rules) if rules else create_app(backend, metrics)

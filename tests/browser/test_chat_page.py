@@ -3,12 +3,14 @@
 import threading
 from pathlib import Path
 
+from service.attention import looker
 from service.errors import Overloaded
 from service.http.gate import Rules
 from service.keys import Keyring, add_key
 from tests.browser.conftest import Storyteller
 from tests.browser.driver import Browser
 from tests.browser.stage import Reciter, stage
+from tests.model.conftest import TINY, random_decoder, save_folder
 
 SPEECH = """# A title
 
@@ -71,6 +73,12 @@ def test_a_queue_is_shown_and_to_stop_is_to_cancel(browser: Browser) -> None:
 def test_what_the_model_can_not_remember_is_left_out(browser: Browser) -> None:
     with stage(Reciter(text="and so on.", go=going()), max_model_len=80) as port:
         browser.play("memory", url=f"http://127.0.0.1:{port}/")
+
+
+def test_a_word_shows_where_every_head_looked(browser: Browser, tmp_path: Path) -> None:
+    look = looker(save_folder(random_decoder(TINY), tmp_path / "tiny"))
+    with stage(Reciter(text="The animal was too tired.", go=going()), look=look) as port:
+        browser.play("sight", url=f"http://127.0.0.1:{port}/")
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab(browser: Browser, tmp_path: Path) -> None:

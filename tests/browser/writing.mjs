@@ -209,3 +209,21 @@ export async function keys({ url, visitor, shot, key }) {
   const kept = await page.evaluate(() => [JSON.stringify(localStorage), Object.values(sessionStorage)]);
   assert.ok(!kept[0].includes(key) && kept[1].includes(key));
 }
+
+/** A click on a word shows where each head looked; another head is another picture. */
+export async function sight({ url, visitor, shot }) {
+  const { page } = await visitor(url, { colorScheme: "light" });
+  await say(page, "Why did it stay?");
+  await page.locator(".answer .token").nth(20).click();
+  await page.waitForSelector("#sight[open] #sight-text .looker");
+  const weights = () => page.$$eval("#sight-text span", (nodes) => nodes.map((node) => Number(node.dataset.weight)));
+  const first = await weights();
+  assert.ok(first.length > 30 && Math.abs(first.reduce((sum, weight) => sum + weight, 0) - 1) < 0.01);
+  assert.equal(await page.locator("#sight-heads canvas").count(), 2 * 4);
+  await shot(page, "sight");
+  await page.selectOption("#sight-layer", await page.inputValue("#sight-layer") === "0" ? "1" : "0");
+  assert.notDeepEqual(await weights(), first);
+  await axe(page, "sight");
+  await page.keyboard.press("Escape");
+  await page.waitForSelector("#sight[open]", { state: "detached" });
+}

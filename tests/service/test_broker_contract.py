@@ -6,6 +6,7 @@ for. How requests end, and when, is in `test_broker_contract_ends.py`.
 
 import asyncio
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -276,6 +277,18 @@ async def test_a_log_says_what_was_committed(make_broker: MakeBroker) -> None:
     assert await rig.worker.commit([Delta("a", 1, (2,), (chances[1],), finish)]) == {}
     log = await read(rig.requests, "a")
     assert (token_ids(log), logprobs(log), ending(log)) == ([1, 2], chances, finish)
+
+
+async def test_a_result_reaches_every_reader_in_the_terminal_entry(make_broker: MakeBroker) -> None:
+    rig, result = await make_broker(), bytes(range(256)) * 16
+    await rig.requests.submit([replace(ask("a", num_prompt=5), task="embed", pooling="mean")])
+    [job] = await claim(rig)
+    assert (job.request.task, job.request.pooling) == ("embed", "mean")
+    early = asyncio.create_task(read(rig.requests, "a"))
+    await rig.worker.commit([Delta("a", 0, finish=STOP, result=result)])
+    for entries in (await early, await read(rig.requests, "a")):
+        assert [entry.result for entry in entries] == [result] and entries[0].finish == STOP
+    assert (await rig.requests.peek("a", "default")).log.result == result
 
 
 @pytest.mark.parametrize("start", [0, 2])

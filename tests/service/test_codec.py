@@ -24,14 +24,16 @@ def every_field_of(cls: type, strategies: dict[Any, st.SearchStrategy[Any]]) -> 
 
 def strategies() -> dict[Any, st.SearchStrategy[Any]]:
     simple: dict[Any, st.SearchStrategy[Any]] = {int: INTS, float: FLOATS, str: TEXT, bool: st.booleans()}
+    simple[bytes] = st.binary(max_size=40)
     known = simple | {hint | None: st.none() | drawn for hint, drawn in simple.items()}
     known |= {str | int | None: st.none() | TEXT | INTS, FinishReason: st.sampled_from(FinishReason)}
     known |= {
         GenericAlias(tuple, (hint, ...)): st.lists(drawn, max_size=4).map(tuple) for hint, drawn in simple.items()
     }
     known[tuple[tuple[int, float], ...]] = st.lists(st.tuples(INTS, FLOATS), max_size=3).map(tuple)
-    kind = get_type_hints(Grammar)["kind"]
-    known[kind] = st.sampled_from(get_args(kind))
+    for holder, name in ((Grammar, "kind"), (Request, "task"), (Request, "pooling")):
+        hint = get_type_hints(holder)[name]
+        known[hint] = st.sampled_from(get_args(hint))
     for cls in (SamplingParams, TextOptions, TokenLogprob, Finish, Grammar):
         known[cls] = every_field_of(cls, known)
     known[Grammar | None] = st.none() | known[Grammar]
@@ -48,7 +50,8 @@ def test_a_request_comes_back_as_it_was(request_: Request) -> None:
 @given(every_field_of(Delta, strategies()))
 def test_a_delta_becomes_an_entry_with_all_it_said(delta: Delta) -> None:
     entry = decode_entry(encode_entry(delta))
-    assert entry == Entry(delta.start, delta.token_ids, delta.logprobs, delta.finish, num_cached=delta.num_cached)
+    told = (delta.start, delta.token_ids, delta.logprobs, delta.finish, None, delta.num_cached, delta.result)
+    assert entry == Entry(*told)
     assert entry.finish is None or type(entry.finish.reason) is FinishReason
 
 
@@ -73,7 +76,8 @@ def test_what_an_older_program_wrote_is_read_and_what_it_can_read_is_written_so(
     assert decode_entry(old) == Entry(3, (7,), finish=finish)
     assert encode_entry(Delta("a", 3, (7,), finish=finish)) == old
     assert decode_entry(encode_entry(Delta("a", 3, (7,), finish=finish, num_cached=5))).num_cached == 5
-    assert "cache_salt" not in msgpack.unpackb(encode_request(Request("a", (1,))))[1]
+    written = msgpack.unpackb(encode_request(Request("a", (1,))))[1]
+    assert not {"cache_salt", "task", "pooling"} & set(written)
 
 
 def test_a_field_that_an_older_program_did_not_write_takes_its_default() -> None:

@@ -256,6 +256,7 @@ async function write(which, turn, { goOn = false }) {
     const prompt = await promptFor(messages, store.settings.system, goOn ? ids : [], room);
     version.unseen = { turns: prompt.turns, tokens: prompt.tokens };
     version.stats.prompt = prompt.ids.length;
+    version.promptIds = prompt.ids.slice(0, goOn ? prompt.ids.length - ids.length : undefined);
     const body = { prompt: prompt.ids, model: card.id, ...asked, stream: true, resumable: true, progress: true };
     if (body.seed !== undefined) body.seed += goOn ? ids.length : turn.versions.length - 1; // more of the same luck is none
     if (store.settings.odds !== false) body.logprobs = NUM_ALTERNATIVES;

@@ -3,6 +3,7 @@
 
 import { blocks, render } from "/page/markdown.js";
 import { endsOf, fill, place, spoken, weave } from "/page/odds.js";
+import { isOn, show } from "/page/sight.js";
 
 const $ = (id) => document.getElementById(id);
 const UNENDED = /[\p{L}\p{N},;:–—-]$/u; // words that the answer goes on with in the same line
@@ -168,7 +169,10 @@ export class Paper {
     this.answers = new Map();
     this.node = $("paper");
     this.node.addEventListener("pointerover", (event) => this.#point(event));
-    this.node.addEventListener("click", (event) => this.#point(event));
+    this.node.addEventListener("click", (event) => {
+      this.#point(event);
+      this.#sight(event.target.closest(".token"));
+    });
     this.node.addEventListener("pointerleave", hide);
     this.node.addEventListener("keydown", (event) => this.#key(event));
     addEventListener("scroll", hide, { passive: true });
@@ -218,6 +222,13 @@ export class Paper {
     point(word, this.#answerOf(word).version);
   }
 
+  /** Where the heads looked when this word was written, if the server tells. */
+  async #sight(word) {
+    if (!word || !(await isOn())) return;
+    hide();
+    await show(this.#answerOf(word).version, Number(word.dataset.token));
+  }
+
   #key(event) {
     const text = event.target.closest(".looking .text");
     if (!text || event.target !== text) return;
@@ -226,6 +237,7 @@ export class Paper {
       hide();
       event.stopPropagation();
     }
+    if (event.key === "Enter") this.#sight(text.querySelector(".token.at"));
     if (!step) return;
     event.preventDefault();
     const token = walk(text, step);

@@ -65,6 +65,12 @@ export const served = async () => (await (await ask("/v1/models")).json()).data[
 export const isEmbedded = async () => !("workers" in (await (await ask("/ready")).json()));
 
 /** Token ids of `{messages}` or `{prompt}`. */
+/** Whether the server tells where heads looked. */
+export const canLook = async () => Boolean((await (await ask("/ready")).json()).attention_view);
+
+/** Of a text's last token: the texts of all, and by layer and head how much it took of each. */
+export const lookBack = async (ids) => (await ask("/attention", json({ token_ids: ids.slice(-512) }))).json();
+
 export async function tokenize(what) {
   return (await (await ask("/tokenize", json(what))).json()).tokens;
 }
