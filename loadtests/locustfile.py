@@ -29,6 +29,7 @@ from loadtests.load.traces import Arrival, read, smaller
 
 DRAIN_S = 60.0  # for what is running when the time is over
 GRACE_S = 5.0  # a worker begins later than its master's clock, and sends what is due all the same
+BACK_S = 10.0
 MOST_OPEN = 10_000
 
 
@@ -117,10 +118,10 @@ class Shape(LoadTestShape):
         super().__init__()
         self.runner, self._options = environment.runner, environment.parsed_options
 
-    def tick(self) -> tuple[int, float] | None:
-        progress = self.get_run_time() / self._options.run_time
+    def tick(self) -> tuple[int, float]:
+        progress = min(0.999, self.get_run_time() / self._options.run_s)  # the end is not told here: see `_end`
         num_users = round(self._options.num_users * share_at(self._options.shape, progress, self._options.steps))
-        return (max(1, num_users), 100.0) if progress < 1 else None
+        return max(1, num_users), 100.0
 
 
 @events.init_command_line_parser.add_listener
@@ -146,17 +147,21 @@ def _set_up(environment: Any, **_: Any) -> None:
         if options.trace:
             last_s = read(Path(options.trace))[-1].at_s / options.speed
             options.run_time = min(options.run_time or last_s, last_s) + 0.001
-        options.run_s = options.run_time
     elif options.shape != "flat":
         if not options.run_time:
             raise SystemExit("--shape: give the run time, -t")
         environment.shape_class = Shape(environment)
     environment.user_classes = [OpenLoop] if is_open else chosen
+    options.run_s = options.run_time
+    if options.headless and options.run_time:
+        options.run_time += 10 * DRAIN_S  # a guard: Locust's own end would have a master wait for nobody
 
 
 @events.test_start.add_listener
 def _open(environment: Any, **_: Any) -> None:
     options, runner = environment.parsed_options, environment.runner
+    if not isinstance(runner, WorkerRunner) and options.headless and options.run_s:
+        gevent.spawn(_end, environment)
     if isinstance(runner, MasterRunner):
         options.num_shares = runner.worker_count
         return
@@ -167,6 +172,26 @@ def _open(environment: Any, **_: Any) -> None:
         logging.error("the server can't be asked: %s", error)
         environment.process_exit_code = 1
         gevent.spawn(runner.quit)
+
+
+def _end(environment: Any) -> None:
+    """After the run time: what is under way may end, in all processes, and then Locust does. A master hears what its
+    workers have still to tell when they are ready again and are then told to quit."""
+    runner = environment.runner
+    num_workers = runner.worker_count if isinstance(runner, MasterRunner) else 0
+    gevent.sleep(environment.parsed_options.run_s)
+    runner.stop()
+    with gevent.Timeout(BACK_S, False):
+        while num_workers and len(runner.clients.ready) < num_workers:
+            gevent.sleep(0.05)
+    runner.quit()
+
+
+@events.test_stop.add_listener
+def _be_ready(environment: Any, **_: Any) -> None:
+    """A worker that has stopped waits for as long as its users may take, though they are gone; but not so here."""
+    if isinstance(environment.runner, WorkerRunner):
+        environment.stop_timeout = 0.0
 
 
 @events.test_stopping.add_listener

@@ -2,9 +2,8 @@
 
 Definitions, since benchmarks differ. TTFT: from when a request was due (open loop) or sent (closed) to its first token.
 Inter-token: each gap between two tokens of a stream. TPOT: the mean gap of one stream, as in vLLM's benchmark, which
-leaves out the first token. Throughput: tokens that came, by the time from the first sending to the last end. Goodput:
-requests a second whose own TTFT and TPOT are within the SLO. A stream that was left on purpose is no error.
-It reads no files and draws nothing.
+leaves out the first token. Throughput: tokens that came in a time, by that time. Goodput: requests a second whose own
+TTFT and TPOT are within the SLO. A stream that was left on purpose is no error. It reads no files and draws nothing.
 """
 
 from collections import Counter
@@ -12,9 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loadtests.load.records import OK, Record
 
+FloatArray = NDArray[np.float64]
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 LATE_S = 0.05  # a client whose p99 is later than this measures itself
 
@@ -107,16 +108,49 @@ class Summary:
         return self.num_tokens / self.span_s if self.span_s else 0.0
 
 
-def summary(records: Sequence[Record], slo: Slo | None = None, window_s: float | None = None) -> Summary:
-    """Of these requests. With `window_s` they are those of a window of that length, and rates are by it."""
-    slo = slo or Slo()
+def summary(records: Sequence[Record], slo: Slo | None = None) -> Summary:
+    """Of a whole run."""
     ends_s = [record.sent_s + (record.e2e_s or record.ttft_s or 0.0) for record in records]
-    span_s = window_s or (max(ends_s) - min(record.due_s for record in records) if records else 0.0)
+    span_s = max(ends_s) - min(record.due_s for record in records) if records else 0.0
+    return _summary(records, slo or Slo(), span_s, sum(record.num_output for record in records))
+
+
+def levels(records: Sequence[Record], num: int, run_s: float, slo: Slo) -> list[Summary]:
+    """A run cut into `num` equal parts: the stairs of a ramp. Requests belong to the part in which they were due,
+    tokens to the part in which they came."""
+    began_s, length_s = min((record.due_s for record in records), default=0.0), run_s / num
+    came_s, parts = _came_s(records), [list[Record]() for _ in range(num)]
+    for record in records:
+        parts[min(num - 1, int((record.due_s - began_s) / length_s))].append(record)
+    edges = [began_s + i * length_s for i in range(num + 1)]
+    nums_tokens, _ = np.histogram(came_s, edges)
+    return [_summary(part, slo, length_s, int(told)) for part, told in zip(parts, nums_tokens, strict=True)]
+
+
+def warmed_up(records: Sequence[Record], warm_up_s: float, run_s: float, slo: Slo) -> Summary:
+    """A run without its first seconds."""
+    begins_s = min(record.due_s for record in records) + warm_up_s
+    num_tokens = np.histogram(_came_s(records), [begins_s, begins_s + run_s - warm_up_s])[0][0]
+    return _summary([r for r in records if r.due_s >= begins_s], slo, run_s - warm_up_s, int(num_tokens))
+
+
+def _came_s(records: Sequence[Record]) -> FloatArray:
+    """The time of day of each token; what came after a return counts as its end."""
+    times = [np.empty(0)]
+    for record in records:
+        if record.ttft_s is not None:
+            timed = record.sent_s + np.cumsum([record.ttft_s, *record.gaps_s])
+            num_rest = max(0, record.num_output - len(timed))
+            times += [timed, np.full(num_rest, record.sent_s + (record.e2e_s or record.ttft_s))]
+    return np.concatenate(times)
+
+
+def _summary(records: Sequence[Record], slo: Slo, span_s: float, num_tokens: int) -> Summary:
     return Summary(
         num=len(records),
         num_ok=sum(record.outcome == OK for record in records),
         span_s=span_s,
-        num_tokens=sum(record.num_output for record in records),
+        num_tokens=num_tokens,
         ttft=Spread.of(record.felt_ttft_s for record in records if record.felt_ttft_s is not None),
         itl=Spread.of(gap_s for record in records for gap_s in record.gaps_s),
         tpot=Spread.of(record.tpot_s for record in records if record.tpot_s is not None),
@@ -126,12 +160,3 @@ def summary(records: Sequence[Record], slo: Slo | None = None, window_s: float |
         num_returns=sum(record.num_returns for record in records),
         errors=dict(Counter(record.outcome for record in records if record.is_error)),
     )
-
-
-def levels(records: Sequence[Record], num: int, run_s: float, slo: Slo) -> list[Summary]:
-    """A run cut into `num` equal parts by when requests were due: the stairs of a ramp."""
-    began_s = min((record.due_s for record in records), default=0.0)
-    parts: list[list[Record]] = [[] for _ in range(num)]
-    for record in records:
-        parts[min(num - 1, int((record.due_s - began_s) / run_s * num))].append(record)
-    return [summary(part, slo, run_s / num) for part in parts]

@@ -68,12 +68,17 @@ class Stage:
         told = client.ask("/v1/models")["data"][0]
         self.facts = Facts(self.options.served_model or told["id"], self.options.longest or told.get("max_model_len"))
         if self.is_millrace:
-            ids = client.ask("/tokenize", {"prompt": TEXT.read_text(encoding="utf-8"), "add_special_tokens": False})
-            self.prompts = Prompts(TEXT.read_text(encoding="utf-8"), ids["tokens"])
-        sample = {"messages": [{"role": "user", "content": self.prompts.sample()}], "max_tokens": 1}
-        usage = client.ask(CHAT, {"model": self.facts.name, **sample})["usage"]
-        self.prompts.counted(usage["prompt_tokens"])
+            text = TEXT.read_text(encoding="utf-8")
+            self.prompts = Prompts(text, self._ids(client, text))
+            self.prompts.counted(len(self._ids(client, self.prompts.sample())))
+        else:
+            sample = {"messages": [{"role": "user", "content": self.prompts.sample()}], "max_tokens": 1}
+            self.prompts.counted(client.ask(CHAT, {"model": self.facts.name, **sample})["usage"]["prompt_tokens"])
         client.close()
+
+    def _ids(self, client: Wire, text: str) -> list[int]:
+        ids: list[int] = client.ask("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+        return ids
 
     def drawn(self) -> Arrival:
         """Lengths as the options say, evenly spread."""

@@ -107,7 +107,9 @@ class Wire:
                 gevent.sleep(plan.returns_after_s or 0)
                 record.num_returns += 1
                 reading.read(lambda: self._client.get(reading.url, {"Last-Event-ID": reading.last_id}))
-        except (OSError, ValueError, KeyError, RuntimeError, HTTPException) as error:
+        except RuntimeError as error:  # our own, and that of a pool that is closed
+            record.outcome = str(error)
+        except (OSError, ValueError, KeyError, HTTPException) as error:
             record.outcome = type(error).__name__
         except gevent.GreenletExit:
             record.outcome = "not done when the run ended"

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from loadtests.load.figures import Slo, Spread, levels, summary
+from loadtests.load.figures import Slo, Spread, levels, summary, warmed_up
 from loadtests.load.records import LEFT, OK, Record
 from loadtests.load.schedule import dealt, poisson, replayed, share_at
 from loadtests.load.traces import Arrival
@@ -27,8 +27,8 @@ def test_a_wait_counts_from_when_the_request_was_due() -> None:
 
 def test_goodput_counts_what_was_promised_only() -> None:
     slow, broken, left = record(ttft_s=2.0), record(outcome="status 500"), record(outcome=LEFT)
-    told = summary([record(), slow, broken, left], Slo(), window_s=2.0)
-    assert told.good_per_s == 1.0  # the first one and the one that was left
+    told = summary([record(), slow, broken, left], Slo())
+    assert told.good_per_s == pytest.approx(2 / 2.02)  # the first one and the one that was left
     assert told.errors == {"status 500": 1} and told.error_share == 0.25
 
 
@@ -54,8 +54,10 @@ def test_an_slo_names_what_it_does_not_know() -> None:
 
 
 def test_a_run_is_cut_by_when_requests_were_due() -> None:
-    parts = levels([record(at) for at in (100, 101, 105, 109.9)], 2, 10.0, Slo())
-    assert [part.num for part in parts] == [2, 2] and parts[0].offered_per_s == 0.4
+    parts = levels([record(at) for at in (100, 104.8, 104.95, 105, 109.7)], 2, 10.0, Slo())
+    assert [part.num for part in parts] == [3, 2] and parts[0].offered_per_s == 0.6
+    assert [part.num_tokens for part in parts] == [6, 9]  # where they came
+    assert warmed_up([record(at) for at in (100, 101, 109)], 0.5, 10.0, Slo()).num_tokens == 6
 
 
 def test_of_no_sample_nothing_is_known() -> None:
