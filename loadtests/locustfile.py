@@ -20,6 +20,7 @@ import gevent
 from gevent.pool import Group
 from locust import LoadTestShape, User, events, task
 from locust.env import Environment
+from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
 from loadtests.load import options as command_line
@@ -92,6 +93,7 @@ class OpenLoop(User):
         finally:
             clients.kill()
             self.client.close()
+        raise StopUser  # or Locust, which may not have told it yet, would have it begin again
 
 
 def _arrivals(stage: Stage) -> Iterator[tuple[float, Arrival | None]]:
