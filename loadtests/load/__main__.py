@@ -22,18 +22,18 @@ from pathlib import Path
 
 import psutil
 
+from loadtests.clients.__main__ import BUNDLED
 from loadtests.load import outside, report
 from loadtests.load.drive import locust
 from loadtests.load.figures import LATE_S, Slo, Summary, levels, summary, warmed_up
 from loadtests.load.records import LEFT, Record
 from loadtests.load.report import Run
-from loadtests.load.scrape import Agreement, Watch, agreements
+from loadtests.load.scrape import ITL, TTFT, Agreement, Watch, agreements
 from loadtests.load.stack import Stack, started
 
 KINDS = ("Generate", "Chat", "Conversation")
 MIXED = ("--leave", "0.03", "--come-back", "0.05")
 WARM_UP = 0.15  # of a level of a sweep, left out
-TTFT, ITL = "millrace_time_to_first_token_seconds", "millrace_inter_token_seconds"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serving(args: argparse.Namespace) -> Iterator[Stack]:
     """The stack that was asked for, or one that runs already."""
     if args.url:
-        yield Stack(args.url.rstrip("/"), (args.metrics_url or args.url.rstrip("/"),), args.url)
+        yield Stack(args.url.rstrip("/"), (args.metrics_url or args.url.rstrip("/"),), args.url, ())
         return
     with started(args.out, shlex.split(args.serve), args.workers) as stack:
         yield stack
@@ -71,11 +71,11 @@ def run(stack: Stack, args: argparse.Namespace, passed: Sequence[str], slo: Slo)
         flags += MIXED
     with Watch(stack.metrics_urls) as watch:
         records = locust(stack.url, args.out, args.seconds, flags)
-    seen = [] if args.url and not _is_millrace(watch) else compared(watch, records)
+    seen = compared(watch, records) if _is_millrace(watch) else []
     others: list[Agreement] = []
     if args.guidellm:
         path = outside.program() if args.guidellm == "install" else Path(args.guidellm)
-        others = outside.compared(stack.url, args.out, args.seconds / 4, path)
+        others = outside.compared(stack, args.out, args.seconds / 4, path, _folder(args))
     parts = levels(records, args.levels, _length_s(records, args.seconds), slo)
     total = summary(records, slo)
     command = shlex.join(["python", "-m", "loadtests.load", *sys.argv[1:]])
@@ -169,6 +169,12 @@ def _line(rate: float, level: Summary) -> str:
         f"{ttft[0.99] * 1e3:7.1f} ms  inter-token p50 {itl[0.5] * 1e3:5.1f} p99 {itl[0.99] * 1e3:6.1f} ms  "
         f"good {level.good_per_s:6.2f}/s  errors {level.error_share:.1%}"
     )
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    """Of the served model, which has its tokenizer."""
+    flags = shlex.split(args.serve)
+    return Path(flags[flags.index("--model") + 1]).resolve() if "--model" in flags else BUNDLED
 
 
 def _is_millrace(watch: Watch) -> bool:

@@ -15,6 +15,8 @@ from itertools import accumulate
 
 BUCKET = re.compile(r'^(?P<name>\w+)_bucket\{.*?le="(?P<le>[^"]+)".*\}$')
 EVERY_S = 0.5
+GLANCED = ("millrace_requests_waiting", "millrace_requests_running", "millrace_cache_use_ratio")
+TTFT, ITL = "millrace_time_to_first_token_seconds", "millrace_inter_token_seconds"
 Samples = dict[str, float]
 
 
@@ -95,7 +97,7 @@ class Glance:
 @dataclass(slots=True)
 class Watch:
     """`with Watch(urls) as watch`: glances every half second, and all samples before and after. A server that does not
-    answer leaves a gap."""
+    answer, or has no metrics, leaves a gap."""
 
     urls: tuple[str, ...]
     glances: list[Glance] = field(default_factory=list)
@@ -105,7 +107,7 @@ class Watch:
     _thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watch":
-        self.before = scrape(self.urls)
+        self.before = self._all()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
         return self
@@ -114,16 +116,22 @@ class Watch:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
-        self.after = scrape(self.urls)
+        self.after = self._all()
+
+    def spread(self, name: str) -> Histogram:
+        """What came into a histogram meanwhile. Raises `KeyError`."""
+        return histogram(self.after, name).since(histogram(self.before, name))
+
+    def _all(self) -> Samples:
+        try:
+            return scrape(self.urls)
+        except OSError:
+            return {}
 
     def _look(self) -> None:
         while not self._over.wait(EVERY_S):
-            try:
-                told = scrape(self.urls)
-            except OSError:
-                continue
-            names = ("millrace_requests_waiting", "millrace_requests_running", "millrace_cache_use_ratio")
-            self.glances.append(Glance(time.time(), *(told.get(name, 0.0) for name in names)))
+            if told := self._all():
+                self.glances.append(Glance(time.time(), *(told.get(name, 0.0) for name in GLANCED)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +153,7 @@ def agreements(watch: Watch, values: dict[str, Sequence[float]]) -> list[Agreeme
     """A client's durations, in seconds, by the name of the server's histogram, beside that."""
     rows = []
     for name, own in values.items():
-        theirs = histogram(watch.after, name).since(histogram(watch.before, name))
+        theirs = watch.spread(name)
         ours, short = theirs.refilled(own), name.removeprefix("millrace_").removesuffix("_seconds").replace("_", " ")
         rows.append(Agreement(f"{short}, number", ours.num, theirs.num, ""))
         rows.append(Agreement(f"{short}, mean", ours.mean, theirs.mean))

@@ -18,11 +18,12 @@ READY_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Where it is asked, and where its processes tell their metrics."""
+    """Where it is asked, where its processes tell their metrics, and which those are, if it was started here."""
 
     url: str
     metrics_urls: tuple[str, ...]
     described: str
+    pids: tuple[int, ...]
 
 
 @contextmanager
@@ -33,24 +34,25 @@ def started(out: Path, flags: Sequence[str], num_workers: int) -> Iterator[Stack
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         if not num_workers:
-            _run(stack, out / "serve.log", ["serve", "--port", str(port), *flags])
+            pid = _run(stack, out / "serve.log", ["serve", "--port", str(port), *flags])
             wait_until_ready(port, READY_S)
-            yield Stack(url, (url,), " ".join(["millrace serve", *flags]))
+            yield Stack(url, (url,), " ".join(["millrace serve", *flags]), (pid,))
             return
         redis = stack.enter_context(RedisServer(out / "redis"))
-        ports = [free_port() for _ in range(num_workers)]
+        ports, pids = [free_port() for _ in range(num_workers)], [redis.pid]
         for at in ports:
             own = ["worker", "--redis-url", redis.url, "--metrics-port", str(at), *flags]
-            _run(stack, out / f"worker-{at}.log", own)
+            pids.append(_run(stack, out / f"worker-{at}.log", own))
         model = [flag for i, flag in enumerate(flags) if "--model" in flags[max(0, i - 1) : i + 1]]
-        _run(stack, out / "api.log", ["api", "--redis-url", redis.url, "--port", str(port), *model])
+        pids.append(_run(stack, out / "api.log", ["api", "--redis-url", redis.url, "--port", str(port), *model]))
         wait_until_ready(port, READY_S)
         metrics = (url, *(f"http://127.0.0.1:{at}" for at in ports))
-        yield Stack(url, metrics, f"millrace api, {num_workers} x millrace worker {' '.join(flags)}, redis-server")
+        described = f"millrace api, {num_workers} x millrace worker {' '.join(flags)}, redis-server"
+        yield Stack(url, metrics, described, tuple(pids))
 
 
-def _run(stack: ExitStack, log: Path, arguments: Sequence[str]) -> None:
-    """One process of ours, which ends with the stack: asked first, then killed."""
+def _run(stack: ExitStack, log: Path, arguments: Sequence[str]) -> int:
+    """One process of ours, which ends with the stack: asked first, then killed. Returns its id."""
     out = stack.enter_context(log.open("wb"))
     process = subprocess.Popen([sys.executable, "-m", "service.cli", *arguments], stdout=out, stderr=out)
 
@@ -63,3 +65,4 @@ def _run(stack: ExitStack, log: Path, arguments: Sequence[str]) -> None:
             process.wait()
 
     stack.callback(end)
+    return process.pid

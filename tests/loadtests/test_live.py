@@ -13,7 +13,20 @@ SYNTHETIC = ROOT / "loadtests" / "load" / "synthetic_mooncake.jsonl"
 def test_users_read_leave_and_come_back(locust: Run, tiny: Served) -> None:
     before = tiny.metrics()["millrace_streams_resumed_total"]
     code, records, said = locust(
-        "-u", "6", "-r", "6", "-t", "4s", "--think-s", "0.1", "--leave", "0.2", "--come-back", "0.4"
+        "-u",
+        "6",
+        "-t",
+        "4s",
+        "--shape",
+        "ramp",
+        "--steps",
+        "2",
+        "--think-s",
+        "0.1",
+        "--leave",
+        "0.2",
+        "--come-back",
+        "0.4",
     )
     assert code == 0, said
     assert {record.kind for record in records} == {"generate", "chat", "conversation"}

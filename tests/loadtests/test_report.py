@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loadtests.load.__main__ import knee, main
-from loadtests.load.scrape import Histogram, histogram, parsed
+from loadtests.load.scrape import Histogram, Watch, histogram, parsed
 from tests.test_serve import Served
 
 SCRAPED = """# TYPE wait histogram
@@ -80,3 +80,9 @@ def test_a_broken_promise_is_the_exit_code(tiny: Served, tmp_path: Path, capsys:
     assert "SLO broken: TTFT" in capsys.readouterr().out
     page, told = report(tmp_path)
     assert "SLO broken" in page and told["verdict"] == "none"
+
+
+def test_a_server_without_metrics_is_watched_in_vain() -> None:
+    with Watch(("http://127.0.0.1:9",)) as watch:
+        pass
+    assert watch.before == watch.after == {} and not watch.glances
