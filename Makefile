@@ -15,7 +15,7 @@ SIZES  ?= S M L
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu bench-growth replay-cache load clients bench-perplexity bench-same-text bleu peers bench-peers fuzz clean
+.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu bench-growth replay-cache load loadtest loadtest-sweep clients bench-perplexity bench-same-text bleu peers bench-peers fuzz clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
@@ -35,6 +35,8 @@ help:
 	@echo "make peers   what bench-peers measures against: llama-server, OpenVINO GenAI, random models (SIZES=\"S M L\")"
 	@echo "make bench-peers    served and bare, beside llama-server, OpenVINO GenAI and transformers: tokens/s and bars"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
+	@echo "make loadtest       start the stack, load it, write build/loadtest/report.html, exit by the SLO (ARGS=\"--workers 1\")"
+	@echo "make loadtest-sweep the same rate by rate: where the knee is, and the capacity within the SLO"
 	@echo "make fuzz    50,000 requests from /openapi.json, spoilt HTTP and silent sockets against a server of its own"
 	@echo "make clients other people's clients, each in its own environment, against a server: a table of what passed"
 	@echo "make clean   remove the virtual environment and caches"
@@ -102,6 +104,12 @@ bench-peers: $(VENV)/dev.stamp
 
 load: $(VENV)/dev.stamp
 	$(RUN)locust -f loadtests/locustfile.py --headless --host http://$(HOST):$(PORT) -u $(USERS) -r $(USERS) -t $(TIME) $(ARGS)
+
+loadtest: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.load run $(ARGS)
+
+loadtest-sweep: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.load sweep $(ARGS)
 
 fuzz: $(VENV)/dev.stamp
 	$(RUN)python -W ignore -m loadtests.fuzz $(ARGS)

@@ -14,9 +14,6 @@ conversation goes on, as in the service.
 """
 
 import argparse
-import csv
-import datetime
-import json
 import random
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,13 +21,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from loadtests.load import traces
 from model.cache.names import following, root
 from model.config import EngineConfig
 from model.engine.scheduler import Scheduler
 from model.engine.sequence import Sequence as Generated
 from model.request import Request, SamplingParams
-
-HASHED = 512  # tokens that one of Mooncake's hashes stands for
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,29 +53,27 @@ class Found:
 
 def mooncake(path: Path, scale: int) -> Iterator[Asked]:
     """Prompts of 1 / `scale` of their length; equal hashes are equal ids."""
-    size = HASHED // scale
+    size = traces.HASHED // scale
     with path.open() as lines:
-        for line in lines:
-            told = json.loads(line)
-            length, hashes = max(1, told["input_length"] // scale), told["hash_ids"]
-            prompt = tuple(one * size + at for one in hashes for at in range(size))[:length]
-            yield Asked(told["timestamp"] / 1000, prompt, max(1, told["output_length"] // scale))
+        for one in traces.mooncake(lines):
+            length = max(1, one.num_prompt // scale)
+            prompt = tuple(each * size + at for each in one.hash_ids for at in range(size))[:length]
+            yield Asked(one.at_s, prompt, max(1, one.num_output // scale))
 
 
 def azure(path: Path, scale: int, num_talks: int) -> Iterator[Asked]:
     """Lengths as conversations that go on: which one is drawn, from those that are shorter than the prompt."""
     rng, talks, next_id = random.Random(0), deque[tuple[int, ...]](maxlen=num_talks), 0
     with path.open() as lines:
-        for row in csv.DictReader(lines):
-            arrives_s = datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-            length = max(1, int(row["ContextTokens"]) // scale)
+        for one in traces.azure(lines):
+            length = max(1, one.num_prompt // scale)
             shorter = [talk for talk in talks if len(talk) < length]
             begun = rng.choice(shorter) if shorter else ()
             prompt = (*begun, *range(next_id, next_id := next_id + length - len(begun)))
             if begun:
                 talks.remove(begun)
             talks.append(prompt)
-            yield Asked(arrives_s, prompt, max(1, int(row["GeneratedTokens"]) // scale))
+            yield Asked(one.at_s, prompt, max(1, one.num_output // scale))
 
 
 def replay(trace: Iterable[Asked], config: EngineConfig, step_s: float) -> Found:
