@@ -35,7 +35,7 @@ def build(tmp_path: Path) -> Build:
 
     def make(**changes: object) -> TrainConfig:
         sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 300, "context": 32}
-        pace = {"batch_tokens": 256, "steps": 60, "warmup": 5, "lr": 1e-2, "eval_every": 20, "masked_fraction": 0.2}
+        pace = {"batch_tokens": 512, "steps": 160, "warmup": 5, "lr": 2e-3, "eval_every": 20, "masked_fraction": 0.1}
         where = {"data": tmp_path / "texts.csv", "out": tmp_path / "out", "device": "cpu", "save_every": 10}
         kind = {"task": "classify", "family": "bert", "valid_fraction": 0.1, "test_fraction": 0.2, "dtype": "float32"}
         return TrainConfig(**{**sizes, **pace, **where, **kind, **changes})  # type: ignore[arg-type]

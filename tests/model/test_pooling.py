@@ -10,6 +10,9 @@ from torch import Tensor
 from model.config import EngineConfig, ModelConfig
 from model.engine.engine import Engine
 from model.engine.native import NativeRunner
+from model.engine.pace import Pace
+from model.engine.scheduler import Scheduler
+from model.engine.sequence import Sequence
 from model.native import library
 from model.nn.attention import DenseAttention
 from model.nn.bert import Encoder, SpanAttention, text_positions
@@ -181,3 +184,24 @@ def test_a_cancelled_text_leaves_nothing_behind(make_engine: MakeEngine) -> None
     engine.step()
     engine.cancel("r")
     assert not engine.has_work() and engine.stats().num_free_blocks == 256
+
+
+class Slow(Pace):
+    """Leaves little to those who read."""
+
+    def budget(self, num_decoding: int, num_reading: int) -> int:
+        return 10
+
+
+def test_a_text_that_is_seen_whole_waits_for_a_step_that_holds_it_and_no_longer() -> None:
+    scheduler = Scheduler(EngineConfig(max_batch_tokens=64))
+    scheduler.pace = Slow(64)
+    for id, length in (("a", 60), ("b", 1), ("c", 60)):
+        scheduler.add(Sequence(Request(id, (1,) * length, task="embed"), 64, is_whole=True))
+    plan = scheduler.plan()
+    assert [(chunk.sequence.id, chunk.num_tokens, chunk.draws) for chunk in plan.chunks] == [
+        ("a", 60, False),
+        ("b", 1, False),
+    ]
+    assert plan.num_tokens == 61 and [each.sequence.id for each in scheduler.commit(plan, {})] == ["a", "b"]
+    assert [chunk.sequence.id for chunk in scheduler.plan().chunks] == ["c"]
