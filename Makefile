@@ -8,6 +8,8 @@ ARGS   ?=
 USERS  ?= 16
 TIME   ?= 30s
 TRACE  ?=
+STORIES ?=
+WIKITEXT ?=
 
 MINUTES ?= 5
 KILLS  ?=
@@ -15,7 +17,7 @@ SIZES  ?= S M L
 
 RUN = $(VENV)/bin/
 
-.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu bench-growth replay-cache load loadtest loadtest-sweep clients bench-perplexity bench-same-text bleu peers bench-peers fuzz clean
+.PHONY: help serve test redis chaos bench bench-streams bench-commit bench-events bench-gpu bench-growth replay-cache load loadtest loadtest-sweep clients bench-perplexity bench-same-text bleu bench-attention bench-long-stream peers bench-peers fuzz clean
 
 help:
 	@echo "make serve   serve the bundled model on http://$(HOST):$(PORT)   (PORT=, MODEL=, ARGS= pass through)"
@@ -32,6 +34,8 @@ help:
 	@echo "make bench-perplexity  perplexity and speed of number formats on a text (ARGS=\"--model DIR --data FILE\")"
 	@echo "make bench-same-text   how many of 1,000 requests get the same output alone and among others"
 	@echo "make bleu    how good a served encoder-decoder translates (ARGS=\"--url URL --source FILE --reference FILE\")"
+	@echo "make bench-attention    kinds of layers side by side: trains one network of each (STORIES= WIKITEXT=)"
+	@echo "make bench-long-stream  65,536 tokens over HTTP on the bundled sizes, for each kind of layer: time and memory"
 	@echo "make peers   what bench-peers measures against: llama-server, OpenVINO GenAI, random models (SIZES=\"S M L\")"
 	@echo "make bench-peers    served and bare, beside llama-server, OpenVINO GenAI and transformers: tokens/s and bars"
 	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
@@ -94,6 +98,13 @@ bench-same-text: $(VENV)/dev.stamp
 
 bleu: $(VENV)/dev.stamp
 	$(RUN)python -m loadtests.bleu $(ARGS)
+
+bench-attention: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.bench_attention $(if $(STORIES),--stories "$(STORIES)") \
+	  $(if $(WIKITEXT),--wikitext "$(WIKITEXT)") $(ARGS)
+
+bench-long-stream: $(VENV)/dev.stamp
+	$(RUN)python -m loadtests.long_stream $(ARGS)
 
 # Some 12 GB in .peers; LLAMA_SERVER=/path takes a llama-server instead of building one.
 peers: $(VENV)/dev.stamp

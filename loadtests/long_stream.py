@@ -4,9 +4,10 @@
     python -m loadtests.long_stream --kinds full --tokens 16384
 
 Weights are random: nothing here depends on what they say. Each kind gets a server of its own, one after the other, with
-its limits raised by flags. Told are, at each doubling of the length, the median gap between two tokens over the last
-eighth of the way, the server's resident memory, and what of the cache is in use: full attention grows, the others
-should not. What still grows a little is the request's own log of ids, which a client may read again.
+its limits raised by flags. Told are, at each doubling of the length and for the last eighth of the way, the median gap
+between two tokens and the server's processor time for each; its resident memory, and what of the cache is in use. Full
+attention grows, the others should not. What still grows a little is the request's own log of ids, which a client may
+read again.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from tokenizers import Tokenizer as Library
 from loadtests.client import Stream, note, stream
 from model.cache.states import bytes_per_slot
 from model.cache.store import bytes_per_block
+from model.config import ModelConfig
 from model.families.registry import read_config
 from model.kinds import Kind, read_kind
 from model.nn.decoder import Decoder
@@ -55,8 +57,15 @@ class Point:
     kind: str
     num_tokens: int
     gap_ms: float
+    cpu_ms: float
     resident_mib: float
     cache_kib: float
+
+    def __str__(self) -> str:
+        return (
+            f"| {self.kind} | {self.num_tokens:,} | {self.gap_ms:.2f} | {self.cpu_ms:.2f} | {self.resident_mib:.0f} | "
+            f"{self.cache_kib:,.0f} |"
+        )
 
 
 def make_folder(kind: str, longest: int, folder: Path) -> Path:
@@ -99,59 +108,75 @@ def server(folder: Path, longest: int) -> Iterator[tuple[int, int]]:
 
 
 def resident_mib(pid: int) -> float:
-    """Memory of a process that is not shared with any other."""
+    """Memory that a process has, with what it shares."""
     pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def measure(kind: str, num_tokens: int, folder: Path) -> Iterator[Point]:
-    """Rows of one kind."""
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has had."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Watch:
+    """Looks at a server while a stream of it is read, and reports a `Point` at each doubling."""
+
+    def __init__(self, kind: str, config: ModelConfig, port: int, pid: int, report: Callable[[Point], None]) -> None:
+        self.kind, self.config, self.port, self.pid, self.report = kind, config, port, pid, report
+        self.next, self.began_s = FIRST, 0.0
+
+    def note(self, result: Stream, event: dict[str, Any]) -> None:
+        """An event of the stream."""
+        note(result, event)
+        num, first = len(result.token_ids), self.next * 7 // 8
+        if num >= first and not self.began_s:
+            self.began_s = cpu_s(self.pid)
+        if num < self.next:
+            return
+        gap_ms = statistics.median(result.gaps_s()[first:num]) * 1e3
+        cpu_ms = (cpu_s(self.pid) - self.began_s) / (num - first) * 1e3
+        self.report(Point(self.kind, num, gap_ms, cpu_ms, resident_mib(self.pid), self.cache_kib()))
+        self.next, self.began_s = self.next * 2, 0.0
+
+    def cache_kib(self) -> float:
+        """What of the cache is in use, and the states."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
+            found = {free: float(number) for free, number in GAUGE.findall(answer.read().decode())}
+        in_blocks = (found[""] - found["_free"]) * bytes_per_block(self.config, BLOCK, torch.float32)
+        return (in_blocks + bytes_per_slot(self.config)) / 2**10
+
+
+def run(kind: str, num_tokens: int, folder: Path, report: Callable[[Point], None]) -> None:
+    """One kind's stream."""
     longest = num_tokens + 64
     config = read_config(make_folder(kind, longest, folder))
-    rows: list[tuple[int, float, float]] = []
-    marks = [FIRST * 2**i for i in range(20) if FIRST * 2**i <= num_tokens]
     with server(folder, longest) as (port, pid):
-
-        def told(result: Stream, event: dict[str, Any]) -> None:
-            note(result, event)
-            if len(rows) < len(marks) and len(result.token_ids) >= marks[len(rows)]:
-                rows.append((len(result.token_ids), resident_mib(pid), cache_kib(port)))
-
-        def cache_kib(port: int) -> float:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-                found = {free: float(number) for free, number in GAUGE.findall(answer.read().decode())}
-            return (
-                (found[""] - found["_free"]) * bytes_per_block(config, BLOCK, torch.float32) + bytes_per_slot(config)
-            ) / 2**10
-
         asked = {"max_tokens": num_tokens, "ignore_eos": True, "temperature": 1.0, "seed": 1}
         body: dict[str, object] = {"prompt": "Once upon a time", **asked}
-        done = asyncio.run(stream("127.0.0.1", port, body, note=told))
+        done = asyncio.run(stream("127.0.0.1", port, body, note=Watch(kind, config, port, pid, report).note))
     if len(done.token_ids) != num_tokens or done.finish_reason != "length":
         raise RuntimeError(f"{kind}: {len(done.token_ids)} tokens, {done.finish_reason}")
-    gaps_s = done.gaps_s()
-    for at, memory, cache in rows:
-        yield Point(kind, at, statistics.median(gaps_s[at * 7 // 8 : at]) * 1e3, memory, cache)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--kinds", nargs="+", default=[NATIVE, *KINDS])
-    parser.add_argument("--json", type=Path, help="append each kind's rows to this file, a line of JSON each")
+    parser.add_argument("--json", type=Path, help="append the rows to this file, a line of JSON each")
     args = parser.parse_args()
-    print("| layers | tokens | ms/token | resident MiB | cache and state KiB |\n| --- | ---: | ---: | ---: | ---: |")
+
+    def report(point: Point) -> None:
+        print(point, flush=True)
+        if args.json:
+            with args.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(point)) + "\n")
+
+    print("| layers | tokens | ms/token | CPU ms/token | resident MiB | cache and state KiB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
     for kind in args.kinds:
         with tempfile.TemporaryDirectory() as folder:
-            for point in measure(kind, args.tokens, Path(folder) / "model"):
-                print(
-                    f"| {point.kind} | {point.num_tokens:,} | {point.gap_ms:.2f} | {point.resident_mib:.0f} | "
-                    f"{point.cache_kib:,.0f} |",
-                    flush=True,
-                )
-                if args.json:
-                    with args.json.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(point)) + "\n")
+            run(kind, args.tokens, Path(folder) / "model", report)
 
 
 if __name__ == "__main__":

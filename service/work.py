@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import uvloop
 
+from model.cache.states import bytes_per_slot
 from model.cache.store import bytes_per_block
 from model.engine.engine import Engine, EngineStats
 from model.fingerprint import fingerprint, queue_name
@@ -82,7 +83,8 @@ def described(engine: Engine, settings: Settings) -> str:
     """Three lines for the start: model, device, cache."""
     decoder, config = engine.runner.decoder, engine.config
     tokens = config.num_blocks * config.block_size
-    size = config.num_blocks * bytes_per_block(decoder.config, config.block_size, as_dtype(config.dtype)) / 2**30
+    in_blocks = config.num_blocks * bytes_per_block(decoder.config, config.block_size, as_dtype(config.dtype))
+    size = (in_blocks + config.max_num_seqs * bytes_per_slot(decoder.config)) / 2**30
     cuda, threads = config.device == "cuda", torch.get_num_threads()
     where = torch.cuda.get_device_name() if cuda else f"cpu with {threads} thread{'s' if threads > 1 else ''}"
     return (

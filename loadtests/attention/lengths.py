@@ -50,11 +50,12 @@ def measure(shape: ModelConfig, lengths: Sequence[int]) -> Iterator[Measured]:
         told = engine.step()
         while not any(delta.token_ids for delta in told):
             told = engine.step()
-        used = engine.scheduler.pool.num_used * bytes_per_block(shape, 16, torch.float32) + bytes_per_slot(shape)
-        cpu_ms, wall_ms = list[float](), list[float]()
+        used, cpu_ms, wall_ms = 0, list[float](), list[float]()
         while engine.has_work():
+            used = max(used, engine.scheduler.pool.num_used) if cpu_ms else 0  # the prompt's last chunk is given back
             began = time.process_time(), time.perf_counter()
             engine.step()
             cpu_ms.append((time.process_time() - began[0]) * 1e3)
             wall_ms.append((time.perf_counter() - began[1]) * 1e3)
-        yield Measured(length, used, statistics.median(cpu_ms), statistics.median(wall_ms))
+        num_bytes = used * bytes_per_block(shape, 16, torch.float32) + bytes_per_slot(shape)
+        yield Measured(length, num_bytes, statistics.median(cpu_ms), statistics.median(wall_ms))

@@ -9,6 +9,7 @@ through, which is at hand here.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.config import ModelConfig
 from model.kinds import RecurrentMemory
@@ -16,6 +17,7 @@ from model.nn.attention import Attention
 from model.nn.batch import TILE
 from model.nn.ops import Heads, Ops, Places
 from model.nn.positions import SinusoidalPositions
+from model.nn.quantized import Int8Weight
 
 
 class MemoryAttention(Attention):
@@ -77,7 +79,7 @@ class MemoryAttention(Attention):
         """r of all distances, [num_distances, kv_heads * d]; computed once where nothing is learnt."""
         if self._known is not None and not torch.is_grad_enabled():
             return self._known
-        table = self.sinusoids.get_buffer("table").to(self.shift.weight.dtype)
-        known: Tensor = self.relative(table)
+        table, weight = self.sinusoids.get_buffer("table").to(self.shift.weight.dtype), self.relative.weight
+        known = weight.linear(table, None) if isinstance(weight, Int8Weight) else F.linear(table, weight)
         self._known = None if torch.is_grad_enabled() or self.training else known
         return known

@@ -43,7 +43,7 @@ class WindowAttention(Attention):
         [q] = prepared
         places = at - first[:, None]  # of the rows, counted from the tile's beginning
         near = rotate(q, self._angles(places, q.dtype))
-        turned = rotate(keys, self._angles(torch.arange(TILE, device=keys.device), keys.dtype))
+        turned = rotate(keys, self._angles(slice(TILE), keys.dtype))
         scores = _product(near, turned)
         if not (self.kind.num_global or self.num_random):
             return scores
@@ -67,9 +67,10 @@ class WindowAttention(Attention):
         found |= {block * RANDOM_BLOCK // TILE for at in begins for block in self.blocks(at) if block >= 0}
         return sorted(found)
 
-    def _angles(self, places: Tensor, dtype: torch.dtype) -> Angles:
+    def _angles(self, places: Tensor | slice, dtype: torch.dtype) -> Angles:
         """Cosines and sines [..., d / 2]; places outside of the table are of keys outside of the window."""
-        places = places.clamp(0, self.kind.size + TILE - 1)
+        if isinstance(places, Tensor):
+            places = places.clamp(0, self.kind.size + TILE - 1)
         return self.turns.get_buffer("cos")[places].to(dtype), self.turns.get_buffer("sin")[places].to(dtype)
 
 

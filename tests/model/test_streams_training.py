@@ -59,6 +59,18 @@ def test_a_stream_goes_far_beyond_what_it_was_trained_for(tmp_path: Path) -> Non
     assert engine.stats().num_blocks * engine.config.block_size < 1400
 
 
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"quantize": "int8"}])
+def test_other_formats_of_numbers_go_on_alike(tmp_path: Path, changes: dict[str, str]) -> None:
+    config = tiny(tmp_path, "window:16:2:1,linear:16,recurrent-memory:16:16,lstm:16", steps=40)
+    train(config, silent)
+    request = Request("a", (0, 84, 104), SamplingParams(max_tokens=40, temperature=0.0))
+    exact, other = (
+        outputs(Engine.load(config.out, device="cpu", max_num_seqs=2, **each), [request])["a"]  # type: ignore[arg-type]
+        for each in ({"dtype": "float32"}, changes)
+    )
+    assert exact[:8] == other[:8]
+
+
 @pytest.mark.parametrize("word", ["lstm", "window", "recurrent-memory,linear"])
 def test_a_stream_of_a_million_tokens_needs_a_constant_cache(word: str) -> None:
     few, many = (
