@@ -38,7 +38,7 @@ help:
 	@echo "make bench-long-stream  65,536 tokens over HTTP on the bundled sizes, for each kind of layer: time and memory"
 	@echo "make peers   what bench-peers measures against: llama-server, OpenVINO GenAI, random models (SIZES=\"S M L\")"
 	@echo "make bench-peers    served and bare, beside llama-server, OpenVINO GenAI and transformers: tokens/s and bars"
-	@echo "make load    Locust readers against a running server (USERS=16 TIME=30s)"
+	@echo "make load    Locust users against a running server (USERS=16 TIME=30s, ARGS=\"Generate --rate 4\", ...)"
 	@echo "make loadtest       start the stack, load it, write build/loadtest/report.html, exit by the SLO (ARGS=\"--workers 1\")"
 	@echo "make loadtest-sweep the same rate by rate: where the knee is, and the capacity within the SLO"
 	@echo "make fuzz    50,000 requests from /openapi.json, spoilt HTTP and silent sockets against a server of its own"

@@ -33,6 +33,7 @@ from loadtests.load.stack import Stack, started
 
 KINDS = ("Generate", "Chat", "Conversation")
 MIXED = ("--leave", "0.03", "--come-back", "0.05")
+LENGTHS = ("--prompt-tokens", "64:512", "--output-tokens", "16:128")  # where `longest` is at least a thousand
 WARM_UP = 0.15  # of a level of a sweep, left out
 
 
@@ -63,6 +64,8 @@ def serving(args: argparse.Namespace) -> Iterator[Stack]:
 def run(stack: Stack, args: argparse.Namespace, passed: Sequence[str], slo: Slo) -> Run:
     """One scenario."""
     flags = list(passed)
+    if not {"--trace", "--prompt-tokens", "--output-tokens"} & set(flags):
+        flags += LENGTHS
     if not {"--trace", "--rate", "-u"} & set(flags):
         flags = [*flags, "--rate", str(args.rate), "--shape", "ramp", "--steps", str(args.levels)]
     if not any(kind in flags for kind in KINDS):
@@ -85,6 +88,8 @@ def run(stack: Stack, args: argparse.Namespace, passed: Sequence[str], slo: Slo)
 def sweep(stack: Stack, args: argparse.Namespace, passed: Sequence[str], slo: Slo) -> Run:
     """From rate to rate, and where the knee is."""
     flags = list(passed) if any(kind in passed for kind in KINDS) else ["Generate", *passed]
+    if not {"--prompt-tokens", "--output-tokens"} & set(flags):
+        flags += LENGTHS
     ran: dict[float, tuple[Summary, list[Record], Watch]] = {}
 
     def keeps(rate: float) -> bool:

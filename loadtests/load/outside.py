@@ -23,7 +23,7 @@ from loadtests.load.records import Record
 from loadtests.load.scrape import ITL, TTFT, Agreement, Watch
 from loadtests.load.stack import Stack
 
-NUM_STREAMS, NUM_TOKENS, TURNS = 4, 64, 2
+NUM_STREAMS, NUM_PROMPT, NUM_OUTPUT, TURNS = 4, 256, 64, 2
 NAMES = {"TTFT": "time_to_first_token_ms", "TPOT": "inter_token_latency_ms", "end to end": "request_latency"}
 
 
@@ -37,9 +37,8 @@ def compared(stack: Stack, out: Path, turn_s: float, guidellm: Path, tokenizer: 
     """Means and medians from both sides. Raises `RuntimeError` where the other client fails."""
     url, ours, theirs = stack.url, list[Record](), list[dict[str, float]]()
     seen: tuple[list[Watch], list[Watch]] = [], []
-    lengths = f"{NUM_TOKENS}:{NUM_TOKENS}"
     flags = ["Generate", "--dialect", "openai", "--ignore-eos", "--think-s", "0", "-u", str(NUM_STREAMS), "-r", "100"]
-    flags += ["--prompt-tokens", lengths, "--output-tokens", lengths]
+    flags += ["--prompt-tokens", str(NUM_PROMPT), "--output-tokens", str(NUM_OUTPUT)]
     with apart(stack.pids):
         for turn in range(TURNS):
             with Watch(stack.metrics_urls) as watch:
@@ -101,7 +100,7 @@ def _asked(url: str, out: Path, num_requests: int, guidellm: Path, tokenizer: Pa
         *(str(guidellm), "run", "--disable-console-interactive"),
         *("--backend", f"kind=openai_http,target={url},model={_model(url)},request_format=/v1/completions"),
         *("--tokenizer", f"kind=huggingface_auto,model={tokenizer}"),
-        *("--data", f"kind=synthetic_text,prompt_tokens={NUM_TOKENS},output_tokens={NUM_TOKENS}"),
+        *("--data", f"kind=synthetic_text,prompt_tokens={NUM_PROMPT},output_tokens={NUM_OUTPUT}"),
         *("--profile", f"kind=concurrent,streams={NUM_STREAMS}"),
         *("--constraint", f"kind=max_requests,count={num_requests}"),
         *("--output", f"kind=json,path={found.resolve()}"),

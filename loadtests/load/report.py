@@ -91,7 +91,7 @@ def _throughput(run: Run) -> Figure:
             )
         axis.axhline(limit_s * 1e3, color=BAD, lw=1, ls=":", label="SLO (p99)")
         axis.set(xlabel="tokens/s, all streams", ylabel=f"{name}, ms", yscale="log", title=f"{name} as load rises")
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(framealpha=0.85, edgecolor="none", fontsize=8)
     return figure
 
 
@@ -110,7 +110,7 @@ def _percentiles(run: Run) -> Figure:
         axis.plot(at, [value * 1e3 for value in told.values()], "x", color="black", label="server's histogram")
         axis.set(xscale="log", ylabel=f"{name}, ms", title=f"{name}, percentiles", xlabel="percentile", ylim=(0, None))
         axis.set_xticks([1, 2, 10, 100, 1000], ["0", "50", "90", "99", "99.9"])
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(framealpha=0.85, edgecolor="none", fontsize=8)
     return figure
 
 

@@ -108,10 +108,15 @@ class Stage:
             body = {"messages": messages}
             record, text = self._ask(client, "conversation", CHAT, body, wished.num_output, None if turn else due_s)
             room = (self.facts.longest or 1 << 30) - record.num_prompt - record.num_output
-            if record.is_error or self.is_over or turn + 1 == num_turns or room < 4 * self.options.output_tokens[1]:
+            if record.is_error or self.is_over or turn + 1 == num_turns or room < self._longest_turn():
                 return
             messages.append({"role": "assistant", "content": text})
             gevent.sleep(self.think_s())
+
+    def _longest_turn(self) -> float:
+        """Tokens that the next turn may take: texts are only about as long as was wished, and templates add to them."""
+        num_prompt, num_output = self.options.prompt_tokens[1], self.options.output_tokens[1]
+        return float(1.5 * num_prompt + num_output + 32)
 
     def think_s(self) -> float:
         """Seconds that a reader thinks: exponential."""

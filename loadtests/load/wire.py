@@ -100,9 +100,10 @@ class Wire:
     def exchange(self, plan: Plan, record: Record) -> str:
         """Do it, write into `record` what came of it, and return the text. What fails is the record's outcome; only
         `GreenletExit` is raised, where the run ends."""
+        body = orjson.dumps({**plan.body, "stream": True})
         reading = _Reading(plan, record)
         try:
-            reading.read(lambda: self._client.post(plan.path, orjson.dumps({**plan.body, "stream": True})))
+            reading.read(lambda: self._client.post(plan.path, body))
             while reading.comes_back and record.num_returns < NUM_RETURNS:
                 gevent.sleep(plan.returns_after_s or 0)
                 record.num_returns += 1
