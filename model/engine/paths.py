@@ -12,7 +12,7 @@ from model.config import EngineConfig
 from model.engine.fast import FastRunner
 from model.engine.native import NativeRunner
 from model.engine.runner import Computed, Runner
-from model.engine.scheduler import StepPlan
+from model.engine.scheduler import Fork, StepPlan
 from model.native import library as native
 from model.native.packing import why_not
 from model.nn.decoder import Decoder, as_dtype
@@ -34,6 +34,7 @@ class StepRunner(Protocol):
     def can_run_ahead(self, plan: StepPlan) -> bool: ...
     def start(self, plan: StepPlan) -> Any: ...
     def collect(self, flight: Any) -> Computed: ...
+    def fork(self, fork: Fork) -> None: ...
 
 
 def make_runner(decoder: Decoder, config: EngineConfig, drop: bool = False) -> StepRunner:

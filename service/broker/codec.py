@@ -30,6 +30,10 @@ def encode_request(request: Request) -> bytes:
     body = _as_map(request)
     if not request.cache_salt:
         del body["cache_salt"]  # a program that does not know it reads what does not need it
+    if request.sampling.beam_width == 1:
+        sampling = _as_map(request.sampling)
+        del sampling["beam_width"], sampling["length_penalty"]
+        body["sampling"] = sampling
     if not request.source_ids:
         del body["source_ids"]
     return _pack((VERSION, body))
