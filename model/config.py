@@ -121,6 +121,11 @@ class ModelConfig:
         return combine(kind.needs() for kind in self.attention) if self.attention else CacheNeeds()
 
     @property
+    def searches(self) -> bool:
+        """Whether several beginnings of one answer can share what they have in common, which beams do."""
+        return not self.attention
+
+    @property
     def longest(self) -> int:
         """Tokens that a sequence may have."""
         endless = self.attention and not any(kind.is_full for kind in self.attention)

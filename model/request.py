@@ -41,6 +41,8 @@ class SamplingParams:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     eos_ids: tuple[int, ...] = ()  # those of stop_token_ids that are end-of-sequence: no stop_reason is told for them
+    beam_width: int = 1  # above 1 nothing is drawn: of so many beginnings the likeliest go on
+    length_penalty: float = 1.0  # of a search: its answers' log-probabilities are divided by length to this power
     num_logprobs: int | None = None  # None = no log-probabilities, k = the drawn id's and the k likeliest
 
 

@@ -91,6 +91,7 @@ def served(settings: Settings, tokenizer: Tokenizer, max_model_len: int) -> Serv
         orphan_s=settings.orphan_s,
         max_request_s=settings.max_request_s,
         start_id=config.start_id,
+        searches=config.searches,
         tasks=config.tasks,
         labels=config.labels,
         hidden_size=config.hidden_size,

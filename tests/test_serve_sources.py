@@ -80,3 +80,19 @@ def test_a_source_beyond_the_limit_is_refused(server: Served) -> None:
     assert found["status"] == 422
     assert "63" in found["detail"]
     assert post(server, prompt="x" * 63, max_tokens=200)["usage"]["completion_tokens"] == 63
+
+
+def test_a_search_is_asked_for_by_its_width(server: Served) -> None:
+    found, again = (post(server, beam_width=4)["choices"][0] for _ in range(2))
+    assert found["token_ids"] == again["token_ids"]
+    assert 0 < len(found["token_ids"]) <= 12
+    assert post(server, beam_width=2, n=2)["detail"].startswith("beam_width")
+
+
+def test_a_streamed_search_has_the_same_text(server: Served) -> None:
+    body = {"prompt": PROMPT, "beam_width": 3, "max_tokens": 12, "stream": True}
+    with httpx.stream("POST", server.url("/generate"), json=body) as answer:
+        lines = [line for line in answer.iter_lines() if line.startswith("data: {")]
+    events = [httpx.Response(200, content=line[6:]).json() for line in lines]
+    text = "".join(choice["text"] for event in events for choice in event.get("choices", ()))
+    assert text == post(server, beam_width=3)["choices"][0]["text"] != ""

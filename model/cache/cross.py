@@ -32,6 +32,12 @@ class CrossStore:
         self.keys[layer, :, slot, : len(k)] = k.transpose(0, 1)
         self.values[layer, :, slot, : len(v)] = v.transpose(0, 1)
 
+    def copy(self, source: int, target: int) -> None:
+        """Make a slot like another."""
+        self.open(target, length := self.lengths[source])
+        self.keys[:, :, target, :length] = self.keys[:, :, source, :length]
+        self.values[:, :, target, :length] = self.values[:, :, source, :length]
+
     def gather(self, layer: int, slots: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values `start` .. `stop` - 1 of some slots [m], each [kv_heads * m, stop - start, head_dim]."""
         keys, values = (cache[layer][:, slots, start:stop].flatten(0, 1) for cache in (self.keys, self.values))

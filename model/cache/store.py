@@ -44,6 +44,11 @@ class PagedStore:
         )
         return keys, values
 
+    def copy(self, source: int, target: int) -> None:
+        """Make a block like another."""
+        self.keys[:, :, target] = self.keys[:, :, source]
+        self.values[:, :, target] = self.values[:, :, source]
+
     def clear(self, blocks: list[int]) -> None:
         """Zero some blocks, after a sequence that produced non-finite numbers."""
         self.keys[:, :, blocks] = 0

@@ -10,7 +10,7 @@ from model.cache.store import PagedStore
 from model.config import EngineConfig
 from model.engine.pooling import Pools, as_bytes
 from model.engine.runner import Computed
-from model.engine.scheduler import StepPlan
+from model.engine.scheduler import Fork, StepPlan
 from model.nn.batch import pad_rows
 from model.nn.bert import Encoder, SpanAttention, text_positions
 from model.nn.decoder import as_dtype, product_shapes
@@ -34,6 +34,10 @@ class EncoderRunner:
     def collect(self, flight: Computed) -> Computed:
         """What `start` gave."""
         return flight
+
+    def fork(self, fork: Fork) -> None:
+        """Never called: nobody goes on from a text that draws nothing."""
+        raise NotImplementedError("an encoder keeps nothing of a sequence")
 
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> Computed:

@@ -21,6 +21,7 @@ import torch
 
 from model.assemble import Assembler
 from model.config import EngineConfig
+from model.engine.beams import Beams
 from model.engine.paths import Network, StepRunner, make_runner
 from model.engine.runner import Computed
 from model.engine.scheduler import Chunk, Outcome, Scheduler, StepPlan
@@ -73,9 +74,10 @@ class Engine:
     ) -> None:
         config = with_needs(config, decoder.config)
         self.tokenizer, self.config = tokenizer, config
-        self.start_id = decoder.config.start_id
+        self.start_id, self._searches = decoder.config.start_id, decoder.config.searches
         self.scheduler = Scheduler(config)
         self.runner = runner or make_runner(decoder, config)
+        self._beams = Beams(self.scheduler, config, self.runner.fork)
         self._flying: _Step | None = None  # started, while the one before it is told
         self._planned: StepPlan | None = None  # to be started once the one before it is told
         self._assemblers: dict[str, Assembler] = {}  # of requests with stop strings only
@@ -130,6 +132,10 @@ class Engine:
         if (wrong := self._unreadable(request)) is not None:
             self._ended.append(Delta(request.id, len(so_far), finish=Finish(FinishReason.ERROR, error=wrong)))
             return
+        if request.sampling.beam_width > 1:
+            told = self._beams.add(request)
+            self._ended += [] if told is None else [told]
+            return
         if request.text.stop:
             assembler = Assembler(self.tokenizer, request)
             for token_id in so_far:
@@ -150,6 +156,8 @@ class Engine:
         """What keeps this network from a request, None if nothing does."""
         if request.task not in self._tasks:
             return f"this network can't {request.task}: it can {', '.join(self._tasks)}"
+        if request.sampling.beam_width > 1 and not self._searches:
+            return "beams share blocks of keys and values, and not all layers of this network have them"
         num, most = len(request.source_ids), self.config.max_model_len
         if self.start_id is None:
             return f"{num} source tokens, and this network reads none" if num else None
@@ -158,18 +166,21 @@ class Engine:
     def cancel(self, id: str) -> None:
         """Forget a request, waiting or running; its blocks are free on return. An unknown id is no error."""
         self.scheduler.finish(id)
+        self._beams.cancel(id)
         self._assemblers.pop(id, None)
         if self._unmatched.pop(id, None):
             self._grammars.forget(id)
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.scheduler.has_work or bool(self._ended or self._unmatched or self._flying or self._planned)
+        waits = self._ended or self._unmatched or self._flying or self._planned or self._beams.num_waiting
+        return self.scheduler.has_work or bool(waits)
 
     def room(self) -> int:
         """How many more requests are welcome: the seats, and a few to take the place of those that end."""
         spare = max(1, self.config.max_num_seqs // 8)
         num_here = self.scheduler.num_running + self.scheduler.num_waiting + len(self._unmatched)
+        num_here += self._beams.num_waiting
         return max(0, self.config.max_num_seqs + spare - num_here)
 
     def step(self) -> list[Delta]:
@@ -181,6 +192,7 @@ class Engine:
         """
         if self._unmatched:
             self._take_matchers()
+        self._beams.begin()
         step = self._flying or self._start(self._alive(self._planned) or self.scheduler.plan())
         self._flying = self._planned = None
         if step.flight is not None and self.runner.can_run_ahead(step.plan):
@@ -203,7 +215,8 @@ class Engine:
         return _Step(plan, self.runner.start(plan) if plan.chunks else None, now_s)
 
     def _is_reading(self, chunk: Chunk) -> bool:
-        return not chunk.draws and self.scheduler.owns(chunk.sequence)
+        sequence = chunk.sequence
+        return not chunk.draws and self.scheduler.owns(sequence) and not self._beams.has(sequence)
 
     def _tell(self, step: _Step) -> list[Delta]:
         done = Computed() if step.flight is None else self._collect(step)
@@ -211,13 +224,19 @@ class Engine:
         for sequence in done.failed:
             if self.scheduler.owns(sequence):
                 self.scheduler.spoil(sequence)
+                if self._beams.has(sequence):
+                    deltas.append(self._beams.failed(sequence, NOT_FINITE))
+                    continue
                 self.cancel(sequence.id)
                 finish = (sequence.matcher and sequence.matcher.finish) or NOT_FINITE
                 num_cached = sequence.num_cached
                 deltas.append(Delta(sequence.id, len(sequence.output_ids), finish=finish, num_cached=num_cached))
         for outcome in self.scheduler.commit(step.plan, done.token_ids):
             id = outcome.sequence.id
-            deltas.append(self._delta(outcome, done.logprobs.get(id), done.results.get(id, b"")))
+            if outcome.sequence.request.sampling.beam_width == 1:
+                deltas.append(self._delta(outcome, done.logprobs.get(id), done.results.get(id, b"")))
+            elif (told := self._beams.drew(outcome.sequence, done.logprobs.get(id), outcome.finish)) is not None:
+                deltas.append(told)
         deltas += [_progress(chunk.sequence) for chunk in step.plan.chunks if self._is_reading(chunk)]
         self._count(step.plan, sum(len(delta.token_ids) for delta in deltas))
         return deltas
@@ -236,7 +255,7 @@ class Engine:
         """A snapshot, cheap enough for every step."""
         pool = self.scheduler.pool
         return EngineStats(
-            self.scheduler.num_waiting + len(self._unmatched),
+            self.scheduler.num_waiting + len(self._unmatched) + self._beams.num_waiting,
             self.scheduler.num_running,
             pool.num_blocks,
             pool.num_free,

@@ -18,7 +18,7 @@ from model.cache.store import PagedStore
 from model.config import EngineConfig, ModelConfig
 from model.engine.pooling import Pools
 from model.engine.runner import Computed, row_of
-from model.engine.scheduler import Chunk, StepPlan
+from model.engine.scheduler import Chunk, Fork, StepPlan
 from model.engine.seats import Seats
 from model.engine.sequence import Sequence
 from model.nn.batch import RaggedBatch, piece_rows
@@ -113,6 +113,11 @@ class FastRunner:
             hidden = hidden[self._sent(np.array(wanted, dtype=np.int64))]
         logits = self.decoder.logits(hidden, ops)
         return replace(self._draw(plan, order, drawing, logits, finite), results=results)
+
+    def fork(self, fork: Fork) -> None:
+        """Copy for one sequence what is kept of another; the device does it before what it is asked for next."""
+        if fork.block is not None:
+            self.store.copy(*fork.block)
 
     def collect(self, flight: Flight) -> Computed:
         """Wait for a started step, and what it brought."""

@@ -14,7 +14,7 @@ class Line:
 
     def __init__(self, waits: Callable[[Sequence], bool]) -> None:
         self._waits = waits
-        self._heap: list[tuple[tuple[int, int], Sequence]] = []  # ranks differ, so sequences are never compared
+        self._heap: list[tuple[tuple[int, int, int], Sequence]] = []  # ranks differ, so sequences are never compared
         self._num_left = 0
 
     def __len__(self) -> int:

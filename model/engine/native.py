@@ -15,7 +15,7 @@ from model.cache.store import PagedStore
 from model.config import EngineConfig
 from model.engine.pooling import Pools, wanted_rows
 from model.engine.runner import Computed, row_of
-from model.engine.scheduler import Chunk, StepPlan
+from model.engine.scheduler import Chunk, Fork, StepPlan
 from model.engine.sequence import Sequence
 from model.native.library import Step
 from model.native.packing import Core, Packed
@@ -85,6 +85,11 @@ class NativeRunner:
                 # this chunk's are finite, and may be others' as well.
                 self.store.clear(chunk.sequence.blocks[chunk.start // self.config.block_size :])
         return done
+
+    def fork(self, fork: Fork) -> None:
+        """Copy for one sequence what is kept of another."""
+        if fork.block is not None:
+            self.store.copy(*fork.block)
 
     def _compute(self, plan: StepPlan) -> dict[str, bytes]:
         """One call of the core: `_logits`, `_best` of the rows that draw, `_finite` of all. The results of those that

@@ -13,7 +13,7 @@ from model.engine.encoding import EncoderRunner
 from model.engine.fast import FastRunner
 from model.engine.native import NativeRunner
 from model.engine.runner import Computed, Runner
-from model.engine.scheduler import StepPlan
+from model.engine.scheduler import Fork, StepPlan
 from model.native import library as native
 from model.native.packing import why_not
 from model.nn.bert import Encoder
@@ -41,6 +41,7 @@ class StepRunner(Protocol):
     def can_run_ahead(self, plan: StepPlan) -> bool: ...
     def start(self, plan: StepPlan) -> Any: ...
     def collect(self, flight: Any) -> Computed: ...
+    def fork(self, fork: Fork) -> None: ...
 
 
 def make_runner(decoder: Network, config: EngineConfig, drop: bool = False) -> StepRunner:

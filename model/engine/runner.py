@@ -14,7 +14,7 @@ from model.cache.states import StateStore
 from model.cache.store import PagedStore
 from model.config import EngineConfig
 from model.engine.pooling import Pools
-from model.engine.scheduler import Chunk, StepPlan
+from model.engine.scheduler import Chunk, Fork, StepPlan
 from model.engine.sequence import Sequence
 from model.engine.sources import Sources
 from model.engine.stream_groups import StreamGroups
@@ -101,6 +101,13 @@ class Runner:
                 # this chunk's are finite, and may be others' as well.
                 self.store.clear(chunk.sequence.blocks[chunk.start // self.config.block_size :])
         return done
+
+    def fork(self, fork: Fork) -> None:
+        """Copy for one sequence what is kept of another."""
+        if fork.block is not None:
+            self.store.copy(*fork.block)
+        if self.sources is not None:
+            self.sources.store.copy(*fork.slot)
 
     def _ops(self, plan: StepPlan, batch: ForwardBatch) -> PagedAttention:
         """How the decoder's rows attend; sources that are new are read first."""

@@ -50,6 +50,14 @@ class StepPlan:
     num_tokens: int
 
 
+class Fork(NamedTuple):
+    """What a runner has to copy for a sequence that goes on where another is: the block that both would write into
+    (None: there is none), and what lives in the slot; each from, to."""
+
+    block: tuple[int, int] | None
+    slot: tuple[int, int]
+
+
 class Outcome(NamedTuple):
     """What a step did to a sequence: `num_new` ids (0 or 1) at the end of its output, and `finish` if it ended."""
 
@@ -127,6 +135,32 @@ class Scheduler:
         self._free(sequence)
         return True
 
+    def fork(self, parent: Sequence, child: Sequence) -> Fork | None:
+        """The child, new or here already, has the parent's ids and goes on from where that one is: it shares the full
+        blocks and gets a block of its own for the tokens behind them. Before the next `plan` the caller copies what it
+        is told. None: the child has to wait, or its parent does, and what is missing will be computed."""
+        if child.id not in self._by_id:
+            child.arrival = parent.arrival
+            # Ledger: the sequence is the scheduler's now, with a free slot or waiting.
+            self._by_id[child.id] = child
+            if self._free_slots:
+                child.slot = self._free_slots.pop()
+                insort(self._running, child, key=attrgetter("rank"))
+            else:
+                self._waiting.add(child)
+        self._free(child)
+        child.names = list(parent.names)
+        if child.slot < 0 or parent.slot < 0:
+            return None
+        size = self._config.block_size
+        whole, rest = divmod(parent.num_computed, size)
+        rest = rest if self.pool.num_free else 0
+        # Ledger: n owners of the full blocks -> n + 1, a free block -> the child's.
+        self.pool.share(parent.blocks[:whole])
+        child.blocks = [*parent.blocks[:whole], *self.pool.take(1 if rest else 0)]
+        child.num_computed = whole * size + rest
+        return Fork((parent.blocks[whole], child.blocks[whole]) if rest else None, (parent.slot, child.slot))
+
     def spoil(self, sequence: Sequence) -> None:
         """Its numbers turned out not to be finite: nobody shall find its blocks, not even those that looked good."""
         self.pool.forget(sequence.owned())
@@ -147,6 +181,8 @@ class Scheduler:
         self._budget = num_left = self.pace.budget(num_set_aside, num_reading)
         while line:
             sequence, cost = line.popleft()
+            if cost == 0:
+                continue  # held: there is nothing to compute, but its blocks can be taken
             num_set_aside -= cost == 1
             start = sequence.num_computed
             if sequence.is_whole:

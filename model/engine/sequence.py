@@ -31,6 +31,7 @@ class Sequence:
     slot: int = -1  # while it runs: a number that no other running sequence has
     num_pending: int = 0
     arrival: int = 0  # number of sequences added before this one
+    branch: int = 0  # of sequences that came as one: which
     matcher: Matcher | None = None  # of a request with a grammar: knows the output's ids
     names: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as anybody asked
     num_cached: int = 0  # prompt tokens that were found, not computed, when they were first needed
@@ -65,9 +66,9 @@ class Sequence:
         return self.gap if self.num_computed else self.gap + self.num_source
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def rank(self) -> tuple[int, int, int]:
         """Smaller is served first and preempted last."""
-        return self.request.priority, self.arrival
+        return self.request.priority, self.arrival, self.branch
 
     @property
     def num_owned(self) -> int:

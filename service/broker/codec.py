@@ -35,6 +35,10 @@ def encode_request(request: Request) -> bytes:
     for name, usual in LATER.items():
         if body[name] == usual:
             del body[name]  # a program that does not know it reads what does not need it
+    if request.sampling.beam_width == 1:
+        sampling = _as_map(request.sampling)
+        del sampling["beam_width"], sampling["length_penalty"]
+        body["sampling"] = sampling
     return _pack((VERSION, body))
 
 

@@ -23,6 +23,11 @@ from service.http.schemas import ALLOWED, GenerateRequest
 MAX_INLINE_CHARS = 4096  # a longer prompt is tokenised in a thread; for a shorter one the way there costs more
 GRAMMAR_RETRY_S = 5  # where too many are tried already
 SEED_BITS = 53  # of a drawn seed: the largest integers that every JSON reader can hand back unharmed
+# What a search does not heed: it follows the network's own log-probabilities, to one answer.
+UNSEARCHED = (
+    *("n", "logprobs", "stop", "logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("response_format", "regex", "grammar"),
+)
 
 NOTHING_DRAWN = SamplingParams(max_tokens=0)
 
@@ -45,6 +50,7 @@ class Served:
     max_request_s: float = 3600.0
     grammars: GrammarCheck = field(default_factory=GrammarCheck)
     start_id: int | None = None  # of a model that answers a prompt instead of going on with it: an answer's first id
+    searches: bool = True  # beams
     tasks: tuple[str, ...] = ("generate", "embed")
     labels: tuple[str, ...] = ()
     hidden_size: int = 0  # numbers in an embedding
@@ -235,6 +241,8 @@ def _sampling(body: GenerateRequest, served: Served, seed: int, room: int) -> li
     _check_ids("stop_token_ids", stop_ids, served)
     if body.min_tokens > body.max_tokens:
         raise InvalidRequest("min_tokens", body.min_tokens, f"an integer from 0 to max_tokens, {body.max_tokens}")
+    if body.beam_width > 1:
+        _check_search(body, served)
     eos_ids = () if body.ignore_eos else served.eos_ids
     return [
         SamplingParams(
@@ -251,10 +259,21 @@ def _sampling(body: GenerateRequest, served: Served, seed: int, room: int) -> li
             min_tokens=min(body.min_tokens, room),
             stop_token_ids=tuple(dict.fromkeys((*eos_ids, *stop_ids))),
             eos_ids=eos_ids,
+            beam_width=body.beam_width,
+            length_penalty=body.length_penalty if body.beam_width > 1 else 1.0,
             num_logprobs=body.logprobs,
         )
         for index in range(body.n)
     ]
+
+
+def _check_search(body: GenerateRequest, served: Served) -> None:
+    """Raises `InvalidRequest` for a search that is asked for what it does not heed, or of a model that can't."""
+    if not served.searches:
+        raise InvalidRequest("beam_width", body.beam_width, f"1: not all layers of {served.name} keep what beams share")
+    for name in UNSEARCHED:
+        if getattr(body, name) != GenerateRequest.model_fields[name].default:
+            raise InvalidRequest("beam_width", body.beam_width, f"1 where {name} is given")
 
 
 def _check_ids(field: str, ids: list[int], served: Served) -> None:

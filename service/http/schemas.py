@@ -144,6 +144,16 @@ class GenerateRequest(BaseModel):
         max_length=MAX_GRAMMAR_CHARS,
     )
     ignore_eos: bool = _switch("Go on after the model's own end-of-sequence tokens")
+    beam_width: int = _integer(
+        1,
+        "Above 1 nothing is drawn: of so many beginnings of an answer the likeliest go on, and the best answer is told "
+        "when it is complete. Not with `n`, `logprobs`, `stop`, biases, penalties and grammars",
+        1,
+        8,
+    )
+    length_penalty: float = _number(
+        1.0, "With `beam_width`: log-probabilities are divided by the answer's length to this power", 0, 4
+    )
     logprobs: int | None = _integer(None, "Tell log-probabilities: of the drawn token and the k likeliest", 0, 20)
     n: int = _integer(1, "How many answers; the first has the given seed, the others seeds made from it", 1, 8)
     stream: bool = _switch("Answer with server-sent events, one for each token")

@@ -76,8 +76,20 @@ def test_what_an_older_program_wrote_is_read_and_what_it_can_read_is_written_so(
     assert decode_entry(old) == Entry(3, (7,), finish=finish)
     assert encode_entry(Delta("a", 3, (7,), finish=finish)) == old
     assert decode_entry(encode_entry(Delta("a", 3, (7,), finish=finish, num_cached=5))).num_cached == 5
-    written = msgpack.unpackb(encode_request(Request("a", (1,))))[1]
-    assert not {"cache_salt", "task", "pooling"} & set(written)
+    plain = msgpack.unpackb(encode_request(Request("a", (1,))))[1]
+    later = {"cache_salt", "source_ids", "task", "pooling", "beam_width", "length_penalty"}
+    assert not later & (plain.keys() | plain["sampling"].keys())
+
+
+@pytest.mark.parametrize(
+    "request_", [Request("a", (0,), source_ids=(5, 6)), Request("a", (1,), SamplingParams(beam_width=4))]
+)
+def test_what_only_newer_programs_know_is_told_and_comes_back(request_: Request) -> None:
+    """An older one refuses it as an unknown field; it must not answer something else."""
+    assert decode_request(encode_request(request_)) == request_
+    version, body = msgpack.unpackb(encode_request(request_))
+    with pytest.raises(CodecError, match="unknown_of_tomorrow"):
+        decode_request(msgpack.packb((version, {**body, "unknown_of_tomorrow": 1})))
 
 
 def test_a_field_that_an_older_program_did_not_write_takes_its_default() -> None:

@@ -110,6 +110,13 @@ async def test_what_only_the_model_can_tell_is_checked_here(fields: dict[str, An
     assert refusal.value.field == field
 
 
+async def test_a_model_without_blocks_to_share_does_not_search() -> None:
+    body = GenerateRequest(prompt="hi", beam_width=2)
+    assert (await take_in(Asked(body), SERVED)).group[0].sampling.beam_width == 2
+    with pytest.raises(InvalidRequest, match="beam_width"):
+        await take_in(Asked(body), replace(SERVED, searches=False))
+
+
 async def test_text_that_makes_no_token_is_refused() -> None:
     class Mute(type(TOKENIZER)):  # type: ignore[misc]
         def __init__(self) -> None:
