@@ -11,7 +11,7 @@ shift
 home=$(pwd)/.peers
 python=${PYTHON:-python3}
 llama=llama_cpp_python-0.3.36
-pip="-m pip --disable-pip-version-check --quiet"
+pip() { "$home/tools/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 mkdir -p "$home/bin" "$home/src"
 
 # torch comes first and at our version: left to themselves the converters bring the build for GPUs, and with it a
@@ -19,11 +19,11 @@ mkdir -p "$home/bin" "$home/src"
 if ! "$home/tools/bin/python" -c 'import openvino_genai, optimum.intel, gguf' 2>/dev/null; then
     echo "installing OpenVINO GenAI and the converters"
     [ -x "$home/tools/bin/python" ] || "$python" -m venv "$home/tools"
-    "$home/tools/bin/python" $pip install "$(grep '^torch==' constraints.txt)"
-    "$home/tools/bin/python" $pip install "$(grep '^torch==' constraints.txt)" transformers==5.5.4 \
+    pip install "$(grep '^torch==' constraints.txt)"
+    pip install "$(grep '^torch==' constraints.txt)" transformers==5.5.4 \
         openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 \
         optimum==2.3.0 optimum-intel==2.2.0 nncf==3.4.0 gguf==0.19.0
-    "$home/tools/bin/python" $pip uninstall --yes torchvision
+    pip uninstall --yes torchvision
 fi
 
 if [ -n "${LLAMA_SERVER:-}" ]; then
@@ -33,7 +33,7 @@ elif [ ! -x "$home/bin/llama-server" ]; then
         command -v "$tool" >/dev/null || { echo "to build llama-server, install $tool (Debian: cmake g++)" >&2; exit 1; }
     done
     echo "building llama-server from $llama (half an hour on one core)"
-    "$home/tools/bin/python" $pip download --no-deps --no-binary llama-cpp-python \
+    pip download --no-deps --no-binary llama-cpp-python \
         --dest "$home/src" "llama-cpp-python==${llama##*-}"
     tar -xzf "$home/src/$llama.tar.gz" -C "$home/src"
     # GCC 12 believes that ldtilecfg reads 8 bytes of the 64, leaves the others unwritten, and AMX machines fault.

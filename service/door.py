@@ -23,7 +23,7 @@ from service.http.app import create_app
 from service.http.backend import Backend
 from service.http.gate import Rules
 from service.http.intake import Served
-from service.http.routes import exposition
+from service.http.watching import exposition
 from service.keys import Keyring
 from service.listen import Server
 from service.metrics import Metrics

@@ -154,7 +154,7 @@ def test_a_worker_of_another_model_is_named_as_what_it_is_and_its_api_needs_no_w
 
 
 async def test_a_stream_over_redis_has_the_bytes_of_the_embedded_one(pair: Cluster) -> None:
-    command = [sys.executable, "-m", "service.cli", "serve", "--model", str(pair.model)]
+    command = [sys.executable, "-m", "service.cli", "serve", "--no-native", "--model", str(pair.model)]
     embedded = Api("embedded", command, pair.folder / "embedded.log", free_port())
     try:
         wait(embedded.ready, "up", ENGINE_UP_S)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TREE_LINE = re.compile(r"^([\w./-]+\.\w+|Makefile|Dockerfile|LICENSE|\.ci/\w+) {2,}\S", re.MULTILINE)
-SHOWN_AS_A_FOLDER = ("model/bundled/", "loadtests/clients/", "loadtests/fuzz/", "loadtests/peers/")
+DEPLOYED = ("deploy/kubernetes/", "deploy/grafana/dashboards/", "deploy/grafana/provisioning/")
+SHOWN_AS_A_FOLDER = ("model/bundled/", "loadtests/clients/", "loadtests/fuzz/", "loadtests/peers/", *DEPLOYED)
 
 
 def tracked() -> set[str]:

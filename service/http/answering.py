@@ -12,16 +12,15 @@ from dataclasses import dataclass, field, replace
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.broker.base import RequestSide
-from service.errors import IdempotencyConflict, MillraceError, Overloaded, RequestNotFound
+from service.errors import IdempotencyConflict, MillraceError, Overloaded
 from service.http.backend import Backend
 from service.http.body import read_json
-from service.http.generation import Generation, Piece
+from service.http.generation import Generation
 from service.http.intake import Asked, Client, Intake, Served, take_in
 from service.http.limits import VISIT, Visit
 from service.http.reply import Dialect
-from service.http.resume import admitted, check_id, idempotency_key, stored, wants_progress
-from service.http.sse import HEAD, EventStream
+from service.http.resume import admitted, idempotency_key
+from service.http.sse import EventStream
 from service.http.whole import submitted, whole
 from service.logs import fields
 from service.metrics import Metrics
@@ -45,7 +44,6 @@ class Order:
 
 
 Read = Callable[[object, Served], Order]  # raises what is wrong with a body
-Tell = Callable[[Generation, Served, list[Piece], bool], bytes]  # of what has come so far, and whether it still waits
 
 
 def client_of(request: Request) -> Client:
@@ -58,18 +56,18 @@ class Answering:
     """Over one backend."""
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
-        self.backend, self.metrics = backend, metrics
+        self._backend, self._metrics = backend, metrics
 
     async def answer(self, request: Request, read: Read) -> Response:
         """Whole, as a stream, or at once if it is for later. Refusals are raised before any of it begins."""
         arrived_s, client = time.monotonic(), client_of(request)
         visit: Visit | None = request.scope.get(VISIT)
-        traces = self.backend.traces
+        traces = self._backend.traces
         trace = None if traces is None else traces.begin(request.scope["path"], client.traceparent)
         if trace is not None:
             client = replace(client, traceparent=trace.traceparent)
-        with self.refusals(client, trace):
-            served, broker = self.backend.get()
+        with refusals(self._metrics, client, trace):
+            served, broker = self._backend.get()
             if visit is not None:
                 visit.enter()
             data = await read_json(request)
@@ -86,7 +84,7 @@ class Answering:
                 raise IdempotencyConflict
         body = order.asked.body
         to_leave_is_to_cancel = not (body.resumable or body.background)
-        generation = Generation(intake, served, broker, self.metrics, cancels=to_leave_is_to_cancel, trace=trace)
+        generation = Generation(intake, served, broker, self._metrics, cancels=to_leave_is_to_cancel, trace=trace)
         if intake is taken:
             generation.begin(arrived_s)
         if visit is not None:
@@ -95,71 +93,25 @@ class Answering:
             await generation.close()
             return _with_headers(order.submitted(intake), order.headers)
         if intake is not taken:
-            self.metrics.resumed.inc()
+            self._metrics.resumed.inc()
         dialect = order.speak(intake, served)
         if body.stream:
             return EventStream(generation, dialect, order.headers, body.progress)
         return _with_headers(await whole(request, generation, dialect), order.headers)
 
-    async def read(
-        self, request: Request, id: str, after: Callable[[Intake], tuple[int, ...] | None], speak: Speak
-    ) -> Response:
-        """A stored request again: the events after those that the client has, or for None all of it in one piece. To
-        leave ends nothing."""
-        with self.refusals(client_of(request)):
-            served, broker = self.backend.get()
-            intake = _written(await stored(broker, id, client_of(request).tenant, served))
-            counts, with_progress = after(intake), wants_progress(request)
-        if request.scope.get(HEAD) and counts is None:  # it would wait for the answer
-            return Response(media_type="application/json")
-        if not request.scope.get(HEAD):
-            self.metrics.resumed.inc()
-        generation = Generation(intake, served, broker, self.metrics, counts or ())
-        dialect = speak(intake, served)
-        if counts is None:
-            return await whole(request, generation, dialect)
-        return EventStream(generation, dialect, with_progress=with_progress)
 
-    async def glance(self, request: Request, id: str, tell: Tell) -> Response:
-        """A stored request as it is now. Told also while this process serves others no more: it costs little."""
-        with self.refusals(client_of(request)):
-            served, broker = self.backend.open()
-            intake = _written(await stored(broker, id, client_of(request).tenant, served))
-            generation = Generation(intake, served, broker, self.metrics)
-            pieces, waits = await generation.glance()
-            return Response(tell(generation, served, pieces, waits), media_type="application/json")
-
-    async def cancel(self, request: Request, id: str) -> None:
-        """Taken on while this process serves others no more, for it makes room."""
-        with self.refusals(client_of(request)):
-            _, broker = self.backend.open()
-            await cancel_group(broker, id, client_of(request).tenant)
-
-    @contextmanager
-    def refusals(self, client: Client, trace: Trace | None = None) -> Iterator[None]:
-        """Counts and logs what is refused, and ends its trace."""
-        try:
-            yield
-        except MillraceError as error:
-            self.metrics.refused(error.code)
-            told = fields(request_id=client.request_id, tenant=client.tenant, outcome="refused", code=error.code)
-            logger.info("request refused", extra=told)
-            if trace is not None:
-                trace.refuse(error.code)
-            raise
-
-
-async def cancel_group(broker: RequestSide, id: str, tenant: str) -> None:
-    """All sequences of a request. Raises `RequestNotFound` and `Unavailable`."""
-    for child in await broker.lookup(check_id(id), tenant):
-        await broker.cancel(child.id, tenant)
-
-
-def _written(intake: Intake) -> Intake:
-    """Raises `RequestNotFound` for one that has no text to be read."""
-    if intake.group[0].task != "generate":
-        raise RequestNotFound(f"request {intake.id} is answered once, where it is asked")
-    return intake
+@contextmanager
+def refusals(metrics: Metrics, client: Client, trace: Trace | None = None) -> Iterator[None]:
+    """Counts and logs what is refused, and ends its trace."""
+    try:
+        yield
+    except MillraceError as error:
+        metrics.refused(error.code)
+        told = fields(request_id=client.request_id, tenant=client.tenant, outcome="refused", code=error.code)
+        logger.info("request refused", extra=told)
+        if trace is not None:
+            trace.refuse(error.code)
+        raise
 
 
 def _with_headers(response: Response, headers: Mapping[str, str]) -> Response:

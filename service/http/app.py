@@ -29,6 +29,7 @@ from service.http.routes import Routes
 from service.http.sse import HEAD, SEND
 from service.http.text_routes import TextRoutes
 from service.http.vector_routes import VectorRoutes
+from service.http.watching import WatchRoutes
 from service.metrics import Metrics
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -55,6 +56,7 @@ def create_app(backend: Backend, metrics: Metrics, version: str = "0", rules: Ru
     app.include_router(TextRoutes(backend).router())
     app.include_router(VectorRoutes(backend, metrics).router())
     app.include_router(AttentionRoutes(backend).router())
+    app.include_router(WatchRoutes(backend, metrics).router())
     add_pages(app)
     app.add_exception_handler(MillraceError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

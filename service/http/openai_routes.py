@@ -19,6 +19,7 @@ from service.http.openai_openapi import CANCEL, MODEL, MODELS, READ, asks
 from service.http.openai_reply import Chat, Completion
 from service.http.openai_schemas import ChatRequest, CompletionRequest
 from service.http.resume import reading
+from service.http.stored import Stored
 from service.metrics import Metrics
 
 
@@ -26,7 +27,8 @@ class OpenAIRoutes:
     """Handlers over one backend."""
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
-        self._backend, self._answering = backend, Answering(backend, metrics)
+        self._backend = backend
+        self._answering, self._stored = Answering(backend, metrics), Stored(backend, metrics)
 
     def router(self) -> APIRouter:
         """The table of routes, with what OpenAPI should say of them."""
@@ -53,12 +55,12 @@ class OpenAIRoutes:
     async def read_completion(self, request: Request, id: str) -> Response:
         """The chunks after those that the client has, or all of it. To leave ends nothing."""
         _check_kind(id, COMPLETION)
-        return await self._answering.read(request, id, lambda intake: reading(request, intake), _completion)
+        return await self._stored.read(request, id, lambda intake: reading(request, intake), _completion)
 
     async def read_chat(self, request: Request, id: str) -> Response:
         """The chunks after those that the client has, or all of it. To leave ends nothing."""
         _check_kind(id, CHAT)
-        return await self._answering.read(request, id, lambda intake: reading(request, intake), _chat)
+        return await self._stored.read(request, id, lambda intake: reading(request, intake), _chat)
 
     async def cancel_completion(self, request: Request, id: str) -> Response:
         """Wherever it is."""
@@ -82,7 +84,7 @@ class OpenAIRoutes:
 
     async def _cancel(self, request: Request, id: str, kind: str) -> Response:
         _check_kind(id, kind)
-        await self._answering.cancel(request, id)
+        await self._stored.cancel(request, id)
         return JSONResponse({"id": id, "status": "cancelling"}, 202)
 
 

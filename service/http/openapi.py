@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from service.http.answers import Cancelling, GenerateAnswer, Problem, Submitted
 from service.http.problems import MEDIA_TYPE, PROBLEMS
 from service.http.resume import AFTER, ALLOWED_COUNTS, ALLOWED_KEY, KEY, LAST_EVENT, PROGRESS, STREAM
-from service.http.schemas import Cancelling, GenerateAnswer, GenerateRequest, Problem, Submitted
+from service.http.schemas import GenerateRequest
 
 TEXT = {"schema": {"type": "string"}}
 EVENTS = (

@@ -19,6 +19,7 @@ from service.http.responses_openapi import CANCEL, CREATE, READ
 from service.http.responses_reply import Responses
 from service.http.resume import COUNT, switch
 from service.http.schemas import MAX_COUNT
+from service.http.stored import Stored
 from service.metrics import Metrics
 
 AFTER, STREAM = "starting_after", "stream"  # query parameters
@@ -29,7 +30,7 @@ class ResponsesRoutes:
     """Handlers over one backend."""
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
-        self._answering = Answering(backend, metrics)
+        self._answering, self._stored = Answering(backend, metrics), Stored(backend, metrics)
 
     def router(self) -> APIRouter:
         """The table of routes, with what OpenAPI should say of them."""
@@ -50,16 +51,16 @@ class ResponsesRoutes:
         _check_id(id)
         after = _after(request)
         if after is None:
-            return await self._answering.glance(request, id, _now)
-        return await self._answering.read(
+            return await self._stored.glance(request, id, _now)
+        return await self._stored.read(
             request, id, _from_the_start, lambda intake, served: Responses(intake, served.tokenizer, after)
         )
 
     async def cancel(self, request: Request, id: str) -> Response:
         """Wherever it is. One that has ended stays as it is."""
         _check_id(id)
-        await self._answering.cancel(request, id)
-        return await self._answering.glance(request, id, _cancelled)
+        await self._stored.cancel(request, id)
+        return await self._stored.glance(request, id, _cancelled)
 
 
 def _order(data: object, served: Served) -> Order:

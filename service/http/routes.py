@@ -1,4 +1,4 @@
-"""The routes of the native dialect, and those that watch: health, readiness, metrics.
+"""The routes of the native dialect.
 
 A handler says what is asked and how it is answered; the order of things is in `answering.py`, rules are in `intake.py`,
 naming a stored request in `resume.py`, what OpenAPI says of it all in `openapi.py`.
@@ -8,15 +8,16 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.errors import InvalidRequest, Unavailable
+from service.errors import InvalidRequest
 from service.http.answering import Answering, Order
 from service.http.backend import Backend
 from service.http.body import check
 from service.http.intake import Asked, Intake, Served
-from service.http.openapi import CANCEL, GENERATE, READ, problems
+from service.http.openapi import CANCEL, GENERATE, READ
 from service.http.reply import Native
 from service.http.resume import reading
 from service.http.schemas import ALLOWED, GenerateRequest
+from service.http.stored import Stored
 from service.metrics import Metrics
 
 
@@ -24,8 +25,7 @@ class Routes:
     """Handlers over one backend."""
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
-        self._backend, self._metrics = backend, metrics
-        self._answering = Answering(backend, metrics)
+        self._answering, self._stored = Answering(backend, metrics), Stored(backend, metrics)
 
     def router(self) -> APIRouter:
         """The table of routes, with what OpenAPI should say of them."""
@@ -34,9 +34,6 @@ class Routes:
         add("/generate", self.generate, methods=["POST"], summary="Continue a prompt", **GENERATE)
         add(stored_url, self.read, methods=["GET"], summary="Read a request, from any position", **READ)
         add(stored_url, self.cancel, methods=["DELETE"], summary="Cancel a request, wherever it is", **CANCEL)
-        add("/health", self.health, summary="Alive: 200 as long as the process answers")
-        add("/ready", self.ready, summary="Ready to serve: 200, or 503 and why", responses=problems(503))
-        add("/metrics", self.metrics, summary="Prometheus metrics", response_class=Response)
         return router
 
     async def generate(self, request: Request) -> Response:
@@ -46,42 +43,12 @@ class Routes:
 
     async def read(self, request: Request, id: str) -> Response:
         """The events of a stored request after those that the client has, or all of it. To leave ends nothing."""
-        return await self._answering.read(request, id, lambda intake: reading(request, intake), _native)
+        return await self._stored.read(request, id, lambda intake: reading(request, intake), _native)
 
     async def cancel(self, request: Request, id: str) -> Response:
         """Wherever it is."""
-        await self._answering.cancel(request, id)
+        await self._stored.cancel(request, id)
         return JSONResponse({"id": id, "status": "cancelling"}, 202)
-
-    async def health(self) -> Response:
-        """Says nothing of the model: a loading or draining process is alive."""
-        return JSONResponse({"status": "alive"})
-
-    async def ready(self) -> Response:
-        """For load balancers."""
-        reason = self._backend.ready()
-        if reason is not None:
-            raise Unavailable(reason)
-        return JSONResponse({"status": "ready", **self._backend.facts()})
-
-    async def metrics(self, request: Request) -> Response:
-        """In the Prometheus text format, or as OpenMetrics for who accepts that."""
-        told, media_type = await exposition(self._backend, self._metrics, request.headers.get("accept", ""))
-        return Response(told, media_type=media_type)
-
-
-async def exposition(backend: Backend, metrics: Metrics, accept: str = "") -> tuple[bytes, str]:
-    """All metrics and their media type. The queue is asked now; everything else was counted when it happened."""
-    metrics.ready.set(backend.ready() is None)
-    if backend.broker is not None:
-        try:
-            books = await backend.broker.books()
-            metrics.line.see(
-                books.num_waiting, books.num_running, books.oldest_wait_s, books.num_accepted, books.num_ended
-            )
-        except Unavailable:  # what else there is must be seen then more than ever
-            metrics.line.lose()
-    return metrics.exposition(accept)
 
 
 def _order(data: object, served: Served) -> Order:

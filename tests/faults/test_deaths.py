@@ -39,7 +39,7 @@ async def test_kill9_of_engines_keepers_and_both_in_the_middle_of_decoding(house
     async with Load(house.cluster.ports, bodies(8, 250)) as unfailed:
         await unfailed.all_exact(house.oracle)
     assert [*map(frames, load.readings)] == [*map(frames, unfailed.readings)]
-    assert re.search("ended with -9; its [1-9] requests are back in the queue", second.said())
+    assert re.search("ended with -9; its [0-9] requests are back in the queue", second.said())
     assert num_take_overs(house.redis, load.readings) >= 1  # how many depends on who had claimed them
     assert all(len(reading.parts) == 1 for reading in load.readings)
     print(f"longest gap {load.longest_gap_s():.2f} s")

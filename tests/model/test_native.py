@@ -122,13 +122,16 @@ def test_logits_are_those_of_the_plain_network(load: Load, name: str, target: st
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "wide"])
-def test_a_row_depends_on_no_other_to_the_bit(load: Load, name: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [*((name, None) for name in ("llama", "mistral", "gpt2", "wide")), *(("llama", each) for each in build.targets())],
+)
+def test_a_row_depends_on_no_other_to_the_bit(load: Load, name: str, target: str | None, precision: str) -> None:
     decoder = random_decoder(replace(TINY, **FAMILIES[name]))  # type: ignore[arg-type]
     dtype = "bfloat16" if precision == "bfloat16" else "float32"
 
     def make() -> Steps:
-        return Steps(native(decoder, load(None), int8=precision == "int8", dtype=dtype), scatter=3)
+        return Steps(native(decoder, load(target), int8=precision == "int8", dtype=dtype), scatter=3)
 
     alone = make()
     alone.step({"a": PROMPT[:100]})
@@ -164,6 +167,13 @@ def test_the_same_tokens_as_the_plain_engine(
     engine = make_native(**changes)
     assert outputs(engine, requests) == outputs(make_engine(), requests)
     assert engine.stats().num_free_blocks == engine.stats().num_blocks
+
+
+def test_a_preempted_request_goes_on_as_if_nothing_had_been(make_native: MakeEngine) -> None:
+    requests = [Request(f"r{i}", (1, 2 + i), SamplingParams(max_tokens=60, seed=i)) for i in range(6)]
+    engine = make_native(num_blocks=8)
+    assert outputs(engine, requests) == outputs(make_native(), requests)
+    assert engine.stats().preemptions_total > 0
 
 
 @pytest.mark.parametrize("num_threads", [2, 3])

@@ -105,7 +105,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         with Prometheus(folder, {"api": [api.port], "worker": [port]}) as prometheus:
             wait(lambda: len(prometheus.ask("up == 1")) == 2, "both are read")
             asyncio.run(_load(api.port))
-            wait(lambda: bool(prometheus.ask('millrace_queue_ended_total{outcome="cancelled"} > 0')), "all is told")
+            # A tenant's counters are there from his first request on: only what comes after they were read has a rate.
+            wait(lambda: bool(prometheus.ask("millrace_tenant_requests_accepted_total > 0")), "the tenant is told")
+            asyncio.run(_load(api.port))
+            wait(lambda: bool(prometheus.ask('millrace_queue_ended_total{outcome="cancelled"} > 1')), "all is told")
             yield Run(prometheus, collector, {"api": _read(api.port), "worker": _read(port)})
 
 
