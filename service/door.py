@@ -166,9 +166,13 @@ class Door:
         """The last line of a start: where it listens, and something to type."""
         host = "127.0.0.1" if self._host in ("0.0.0.0", "::") else self._host
         url = f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
-        body = '{"prompt": "Once upon a time", "stream": true}'
+        served = self.backend.served
+        route, body = "/generate", '{"prompt": "Once upon a time", "stream": true}'
+        if served is not None and "generate" not in served.tasks:
+            route = "/classify" if served.labels else "/v1/embeddings"
+            body = '{"input": "Once upon a time"}'
         key = " -H 'authorization: Bearer '$KEY" if self.rules.keyring is not None else ""
-        return f"url     {url}   try: curl -N {url}/generate{key} -H 'content-type: application/json' -d '{body}'"
+        return f"url     {url}   try: curl -N {url}{route}{key} -H 'content-type: application/json' -d '{body}'"
 
     @staticmethod
     def _reload(keyring: Keyring) -> None:

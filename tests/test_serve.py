@@ -235,3 +235,11 @@ def test_chat_without_a_server_says_how_to_start_one(folder: Path) -> None:
         command = [*COMMAND, "chat", "--url", f"http://127.0.0.1:{unused.getsockname()[1]}", "--model", str(folder)]
         talk = subprocess.run(command, input="hello\n", capture_output=True, text=True, timeout=60, check=False)
     assert talk.returncode == 3 and "millrace serve" in talk.stderr
+
+
+def test_with_the_attention_view_the_last_tokens_weights_are_told(folder: Path) -> None:
+    with serving(folder, "--attention-view") as running:
+        assert httpx.get(running.url("/ready")).json()["attention_view"] is True
+        told = httpx.post(running.url("/attention"), json={"token_ids": [72, 105, 33]}, timeout=60).json()
+        assert len(told["tokens"]) == 3 and [len(layer) for layer in told["weights"]] == [4, 4]
+        assert all(abs(sum(head) - 1) < 1e-3 for layer in told["weights"] for head in layer)

@@ -83,6 +83,10 @@ def train_word_pieces(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    # The library numbers pieces in an order that differs from run to run.
+    words = sorted(tokenizer.get_vocab().keys() - set(SPECIAL))
+    numbers = {word: number for number, word in enumerate((*SPECIAL, *words))}
+    tokenizer.model = models.WordPiece(numbers, unk_token=UNKNOWN)
     frame = [(token, tokenizer.token_to_id(token)) for token in (BEGIN, END)]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A {END}", pair=f"{BEGIN} $A {END} $B:1 {END}:1", special_tokens=frame

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from service.cli import STARTUP_FAILED, main
 from tests.service.helpers_http import TOKENIZER, Door
 
 ROUTE = "/attention"
@@ -50,3 +51,9 @@ async def test_only_a_few_may_wait() -> None:
     go.set()
     codes = [(await task).status_code for task in asked]
     assert sorted(codes) == [200] * 4 + [429] * 5
+
+
+def test_it_needs_the_weights_in_the_same_process(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--attention-view", "--redis-url", "redis://127.0.0.1:1/0"])
+    assert ended.value.code == STARTUP_FAILED and "--attention-view" in capsys.readouterr().err
