@@ -1,7 +1,7 @@
 """One stream of many thousands of tokens over HTTP, on the bundled model's sizes: what each next token costs.
 
     python -m loadtests.long_stream --tokens 65536
-    python -m loadtests.long_stream --kinds full --tokens 16384
+    python -m loadtests.long_stream --kinds full --read 1024 8192 65536
 
 Weights are random: nothing here depends on what they say. Each kind gets a server of its own, one after the other, with
 its limits raised by flags. Told are, at each doubling of the length and for the last eighth of the way, the median gap
@@ -23,7 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,6 +47,8 @@ KINDS = ("full", "window:256:4:4", "recurrent-memory:128:128", "linear:128", "ls
 NATIVE = "full, native core"
 BLOCK = 16
 FIRST = 1024  # tokens of the first row
+WRITTEN, WARM = 256, 32  # tokens behind a prompt, and the first of them, which are not counted
+BEYOND = 64  # tokens after the last row: what has ended has no blocks any more
 GAUGE = re.compile(r"^millrace_cache(_free)?_blocks(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
@@ -124,17 +126,17 @@ class Watch:
 
     def __init__(self, kind: str, config: ModelConfig, port: int, pid: int, report: Callable[[Point], None]) -> None:
         self.kind, self.config, self.port, self.pid, self.report = kind, config, port, pid, report
-        self.next, self.began_s = FIRST, 0.0
+        self.num_prompt, self.next, self.began_s = 0, FIRST, 0.0
 
     def note(self, result: Stream, event: dict[str, Any]) -> None:
         """An event of the stream."""
         note(result, event)
-        num, first = len(result.token_ids), self.next * 7 // 8
+        num, first = self.num_prompt + len(result.token_ids), max(self.next * 7 // 8, self.num_prompt + WARM)
         if num >= first and not self.began_s:
             self.began_s = cpu_s(self.pid)
         if num < self.next:
             return
-        gap_ms = statistics.median(result.gaps_s()[first:num]) * 1e3
+        gap_ms = statistics.median(result.gaps_s()[first - self.num_prompt :]) * 1e3
         cpu_ms = (cpu_s(self.pid) - self.began_s) / (num - first) * 1e3
         self.report(Point(self.kind, num, gap_ms, cpu_ms, resident_mib(self.pid), self.cache_kib()))
         self.next, self.began_s = self.next * 2, 0.0
@@ -147,22 +149,28 @@ class Watch:
         return (in_blocks + bytes_per_slot(self.config)) / 2**10
 
 
-def run(kind: str, num_tokens: int, folder: Path, report: Callable[[Point], None]) -> None:
-    """One kind's stream."""
-    longest = num_tokens + 64
+def run(kind: str, num_tokens: int, read: Sequence[int], folder: Path, report: Callable[[Point], None]) -> None:
+    """One kind's stream, or one for each length of `read`, whose last WRITTEN tokens only are written."""
+    longest = num_tokens + 2 * BEYOND
     config = read_config(make_folder(kind, longest, folder))
     with server(folder, longest) as (port, pid):
-        asked = {"max_tokens": num_tokens, "ignore_eos": True, "temperature": 1.0, "seed": 1}
-        body: dict[str, object] = {"prompt": "Once upon a time", **asked}
-        done = asyncio.run(stream("127.0.0.1", port, body, note=Watch(kind, config, port, pid, report).note))
-    if len(done.token_ids) != num_tokens or done.finish_reason != "length":
-        raise RuntimeError(f"{kind}: {len(done.token_ids)} tokens, {done.finish_reason}")
+        for length in read or [num_tokens]:
+            watch, num_written = Watch(kind, config, port, pid, report), min(length, WRITTEN) if read else length
+            prompt: object = "Once upon a time"
+            if read:
+                prompt = [1 + i * i % 4000 for i in range(length - num_written)]
+                watch.num_prompt, watch.next = length - num_written, length
+            asked = {"max_tokens": num_written + BEYOND, "ignore_eos": True, "temperature": 1.0, "seed": 1}
+            done = asyncio.run(stream("127.0.0.1", port, {"prompt": prompt, **asked}, note=watch.note))
+            if len(done.token_ids) != num_written + BEYOND or done.finish_reason != "length":
+                raise RuntimeError(f"{kind}: {len(done.token_ids)} tokens, {done.finish_reason}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--kinds", nargs="+", default=[NATIVE, *KINDS])
+    parser.add_argument("--read", type=int, nargs="*", default=[], help="lengths: all but the end of each is a prompt")
     parser.add_argument("--json", type=Path, help="append the rows to this file, a line of JSON each")
     args = parser.parse_args()
 
@@ -176,7 +184,7 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
     for kind in args.kinds:
         with tempfile.TemporaryDirectory() as folder:
-            run(kind, args.tokens, Path(folder) / "model", report)
+            run(kind, max([args.tokens, *args.read]), args.read, Path(folder) / "model", report)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,6 @@ class MemoryAttention(Attention):
         queries = tuple(q + each for each in self.shift.weight.view(2, self.heads, self.head_dim))
         return ops.linear(ops.recall(self.layer, self, queries, k, v).reshape(n, -1), self.out.weight, self.out.bias)
 
-    def first(self, start: int) -> int:
-        return max(0, start // self.kind.segment * self.kind.segment - self.kind.memory)
-
     def prepare(self, queries: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The content's queries, and the scores of all distances [kv_heads, b, rows, num_distances]."""
         content, place = queries
@@ -68,7 +65,8 @@ class MemoryAttention(Attention):
         return ()
 
     def tiles(self, start: int, stop: int) -> list[int]:
-        return list(range(self.first(start) // TILE, (stop - 1) // TILE + 1))
+        first = max(0, start // self.kind.segment * self.kind.segment - self.kind.memory)
+        return list(range(first // TILE, (stop - 1) // TILE + 1))
 
     def train(self, mode: bool = True) -> "MemoryAttention":
         self._known = None

@@ -100,9 +100,6 @@ class Look(Protocol):
 
     num_random: int
 
-    def first(self, start: int) -> int:
-        """The first key that rows from `start` on may see; a bound."""
-
     def prepare(self, queries: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What of the queries serves all keys."""
 

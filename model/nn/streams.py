@@ -39,14 +39,14 @@ def recall_all(look: Look, queries: tuple[Tensor, ...], k: Tensor, v: Tensor, dr
         at = torch.arange(start, stop, device=device)
         kept = torch.tensor([look.blocks(p) for p in range(start, stop)], dtype=torch.int64, device=device)
         at, kept = (x.repeat_interleave(heads // kv_heads, dim=0)[None] for x in (at, kept.view(stop - start, -1)))
-        prepared, scores, seen = look.prepare(rows), list[Tensor](), list[Tensor]()
-        lowest = look.first(start) // TILE * TILE
-        for low in range(lowest, stop, TILE):
+        prepared, scores, seen, mixed = look.prepare(rows), list[Tensor](), list[Tensor](), list[Tensor]()
+        for low in (tile * TILE for tile in look.tiles(start, stop)):
+            mixed.append(values[:, :, low : low + TILE])
             scores.append(look.scores(prepared, keys[:, :, low : low + TILE], at, torch.full((1,), low, device=device)))
             seen.append(look.visible(at, torch.arange(low, low + TILE, device=device)[None], kept))
         masked = torch.cat(scores, dim=-1).float().masked_fill(~torch.cat(seen, dim=-1), -torch.inf)
         weights = F.dropout(masked.softmax(-1), dropout).to(v.dtype)
-        parts.append(in_heads(weights @ values[:, :, lowest : lowest + weights.shape[-1]], stop - start))
+        parts.append(in_heads(weights @ torch.cat(mixed, dim=2), stop - start))
     return torch.cat(parts, dim=1)
 
 

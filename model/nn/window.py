@@ -33,9 +33,6 @@ class WindowAttention(Attention):
         q, k, v = Heads(qkv, self.heads, self.kv_heads, self.q_norm, self.k_norm, None).finish()
         return ops.linear(ops.recall(self.layer, self, (q,), k, v).reshape(n, -1), self.out.weight, self.out.bias)
 
-    def first(self, start: int) -> int:
-        return 0 if self.kind.num_global or self.num_random else max(0, start - self.kind.size + 1)
-
     def prepare(self, queries: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return queries
 
