@@ -46,10 +46,13 @@ def main() -> None:
     parser.add_argument("--num", type=int, help="only so many lines")
     parser.add_argument("--at-once", type=int, default=32, help="requests at a time (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer (%(default)s)")
+    parser.add_argument("--beam-width", type=int, default=1, help="1 is greedy (%(default)s)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="of a search (%(default)s)")
     parser.add_argument("--out", type=Path, help="file for the answers")
     args = parser.parse_args()
     sources, references = (read_lines(file)[: args.num] for file in (args.source, args.reference))
-    body = {"temperature": 0, "max_tokens": args.max_tokens}
+    body = {"temperature": 0, "max_tokens": args.max_tokens, "beam_width": args.beam_width}
+    body["length_penalty"] = args.length_penalty
     began_s = time.perf_counter()
     answers = asyncio.run(translate(args.url, sources, body, args.at_once))
     elapsed_s = time.perf_counter() - began_s
