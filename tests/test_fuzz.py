@@ -3,6 +3,9 @@ HTTP: nothing is the server's fault, nothing of the inside is told. `make fuzz` 
 
 import asyncio
 import random
+import struct
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -11,14 +14,17 @@ import pytest
 
 from loadtests.fuzz.raw import attack, spoilt
 from loadtests.fuzz.schema import Arm, Ask, arms, complaint
+from model.request import Request
+from service.broker.base import Entry
 from service.http.app import create_app
 from service.http.gate import Rules
 from service.keys import Keyring, add_key
-from tests.service.helpers_http import Door
+from tests.service.helpers_http import SERVED, STOP, Door, say
 from tests.service.test_protocol import house
 
 API = asyncio.run(Door().ask("GET", "/openapi.json")).json()
 ARMS = {arm.name: arm for arm in arms(API)}
+ABLE = replace(SERVED, tasks=("generate", "embed", "classify"), labels=("a", "b", "c"), hidden_size=3)
 WITH_BODY, WITHOUT = 70, 90  # cases of each; the former are dear to make
 
 
@@ -34,13 +40,21 @@ def test_there_are_two_thousand() -> None:
 @pytest.mark.parametrize("name", sorted(ARMS))
 async def test_no_request_is_the_servers_fault(name: str, tmp_path: Path) -> None:
     key = add_key(tmp_path / "keys.json", "ada")
-    door = Door()
+    door = Door(answer)
+    door.backend.loaded(ABLE, door.broker)
     door.app = create_app(door.backend, door.metrics, rules=Rules(keyring=Keyring(tmp_path / "keys.json")))
     for number, ask in enumerate(ARMS[name].batch(num_cases(ARMS[name]), 1)):
         allowed = {"authorization": f"Bearer {key}"} if number % 10 else {}  # now and then, nobody
         status, body = await send(door, ask, allowed)
         assert complaint(ask, status, body) is None
         assert allowed or status == 401 or ask.target.startswith(("/health", "/ready"))
+
+
+def answer(request: Request) -> Iterable[Entry | Exception | None]:
+    """Text where there is some to come, else three numbers."""
+    if request.task == "generate":
+        return say("hello")(request)
+    return [Entry(0, finish=STOP, result=struct.pack("<3f", 0.25, 0.5, 0.25))]
 
 
 async def send(door: Door, ask: Ask, more: dict[str, str]) -> tuple[int, bytes]:

@@ -15,7 +15,7 @@ from service.http.intake import Asked, Prompt, Served
 from service.http.openai_asked import NOWHERE, read_body
 from service.http.openai_schemas import Lenient
 from service.http.problems import InvalidFields
-from service.http.schemas import ALLOWED, GenerateRequest, TokenId
+from service.http.schemas import ALLOWED, MAX_COUNT, GenerateRequest, TokenId
 
 EMBEDDING, CLASSES = "embd-", "class-"  # how ids begin
 MAX_INPUTS = 2048  # OpenAI's
@@ -41,7 +41,10 @@ class EmbeddingRequest(Lenient):
         "float", description="Numbers, or the bytes of float32 numbers, little-endian. Allowed: float or base64"
     )
     dimensions: int | None = Field(
-        None, description="How many numbers a vector has. Allowed: the model's own number, or absent", ge=1
+        None,
+        description="How many numbers a vector has. Allowed: the model's own number, or absent",
+        ge=1,
+        le=MAX_COUNT,
     )
     pooling: Pooling | None = Field(
         None,
