@@ -22,8 +22,6 @@ SOCKET_OPTIONS = (  # what is accepted has them from the listener
     ("IPPROTO_TCP", "TCP_USER_TIMEOUT", 20_000),  # ms that a peer may leave unanswered; otherwise a quarter of an hour
     ("SOL_SOCKET", "SO_SNDBUF", 128 * 2**10),  # the kernel would take 4 MiB for a client that reads nothing
 )
-MAX_PENDING = 2048  # connections that the kernel holds for us
-ACCEPTS_AT_ONCE = 16  # before whoever is connected has a turn; the loop takes all that the kernel holds otherwise
 
 
 def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
@@ -63,7 +61,6 @@ class Server(uvicorn.Server):
                 server_header=False,
                 lifespan="off",
                 ws="none",
-                backlog=ACCEPTS_AT_ONCE,
                 timeout_graceful_shutdown=patience_s,
             )
         )
@@ -71,13 +68,6 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen. The loop has one number for how many it accepts in a turn and for how many the kernel may hold; the
-        second is set again here."""
-        await super().startup(sockets)
-        for listener in sockets or ():
-            listener.listen(MAX_PENDING)
 
     def close_port(self) -> None:
         """Take no new connections; those that are open go on."""

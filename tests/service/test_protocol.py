@@ -15,7 +15,7 @@ import pytest
 
 from service.http import protocol
 from service.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS
-from service.listen import ACCEPTS_AT_ONCE, Server, bind
+from service.listen import Server, bind
 from tests.service.helpers_http import Door, hang, say
 
 HANG_S = 20.0
@@ -380,18 +380,3 @@ async def test_what_has_ended_is_freed_without_the_collector() -> None:
                 await until(partial(_is_empty, refs))
         finally:
             gc.enable()
-
-
-async def test_a_crowd_that_comes_at_once_is_taken_in_by_turns() -> None:
-    """The kernel holds them all, and between some few and the next the loop serves whoever is in already."""
-    async with house(max_connections=500) as it:
-        # The loop stands still meanwhile: these are the kernel's alone.
-        crowd = [socket.create_connection(("127.0.0.1", it.port), timeout=2) for _ in range(200)]
-        turns = set()
-        async with asyncio.timeout(HANG_S):
-            while it.connections() < len(crowd):
-                turns.add(it.connections())
-                await asyncio.sleep(0)
-        assert len(turns) > len(crowd) // (2 * ACCEPTS_AT_ONCE)
-        for each in crowd:
-            each.close()
