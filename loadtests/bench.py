@@ -93,11 +93,14 @@ def server(folder: Path, num_threads: int, *flags: str) -> Iterator[int]:
         port: int = probe.getsockname()[1]
     command = [sys.executable, "-m", "service.cli", "serve", "--model", str(folder)]
     command += ["--port", str(port), "--threads", str(num_threads), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # A file, and no pipe: its lines would fill one that nobody reads, and the server stand still.
+    said = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the server
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
     try:
         for _ in range(240):
             if process.poll() is not None:
-                raise RuntimeError(f"the server ended: {process.stderr.read().decode() if process.stderr else ''}")
+                said.seek(0)
+                raise RuntimeError(f"the server ended: {said.read().decode()}")
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
                     break
