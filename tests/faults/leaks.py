@@ -44,8 +44,11 @@ def _left_in_redis(redis: RedisServer, num_workers: int) -> Iterator[str]:
 
 
 def off_balance(api: Api) -> str | None:
-    """Whether the books of an api do not add up, or something is still in flight."""
-    told = api.metrics()
+    """Whether the books of an api do not add up, or something is still in flight, or it is just ending."""
+    try:
+        told = api.metrics()
+    except OSError as error:
+        return f"{api.name} does not tell its metrics: {error}"
     ended = sum(n for name, n in told.items() if name.startswith("millrace_requests_ended_total"))
     accepted, in_flight = told["millrace_requests_accepted_total"], told["millrace_requests_in_flight"]
     balanced = accepted == ended + in_flight and in_flight == 0
@@ -54,9 +57,10 @@ def off_balance(api: Api) -> str | None:
 
 def assert_clean(cluster: Cluster, fds: dict[str, int] | None = None, guard_s: float = 30.0) -> None:
     """Within `guard_s` everything is as before. `fds` are descriptors of apis by name, before the load."""
-    workers, apis = cluster.running_workers(), [api for api in cluster.apis if api.alive()]
+    workers = cluster.running_workers()
 
     def complaints() -> list[str]:
+        apis = [api for api in cluster.apis if api.alive()]
         found = left_in_redis(cluster.redis, len(workers))
         found += [told for api in apis if (told := off_balance(api))]
         for process in (*workers, *apis):

@@ -1,6 +1,7 @@
 """The real nginx with deploy/nginx before two apis: events leave as they come, streams survive the death of
 either api, and a client that leaves frees what it had. Without nginx these are skipped, loudly."""
 
+import asyncio
 import os
 import shutil
 import socket
@@ -98,6 +99,7 @@ async def test_an_api_that_stops_behind_it_costs_no_request(door: Door) -> None:
         async with Load(door.ports, bodies(6, 10)) as late:
             await late.all_exact(door.house.oracle)
         await load.all_exact(door.house.oracle)
+    assert await asyncio.to_thread(victim.exit_code) == 0, "it ends once its readers have left it"
     assert {len(reading.parts) for reading in late.readings} == {1}
 
 
