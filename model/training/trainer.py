@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import cast
 
@@ -67,7 +67,8 @@ def open_folder(config: TrainConfig, folder: Path) -> None:
     if (config.out / "config.json").exists() and not file.exists():
         raise OptionError(f"--out {config.out}: holds a model that no run of this command made; choose another folder")
     now = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    before = {"attention": "", **json.loads(file.read_text())} if file.exists() else now
+    before = {item.name: item.default for item in fields(config)}  # an option that the run did not know
+    before |= json.loads(file.read_text()) if file.exists() else now
     for name in FIXED:
         if before.get(name) != now[name]:
             raise OptionError(f"--out {config.out}: holds a run with {name} {before.get(name)}, not {now[name]}")

@@ -1,6 +1,7 @@
 """The trainer: loss and optimisers against their plain twins, a whole run, resumption after a kill, the export."""
 
 import argparse
+import json
 import math
 import os
 import signal
@@ -171,6 +172,14 @@ def test_another_run_in_the_folder_is_refused(build: Build, tmp_path: Path) -> N
     (tmp_path / "other" / "config.json").write_text("{}")
     with pytest.raises(OptionError, match="holds a model that no run"):
         train(build(out=tmp_path / "other"), silent)
+
+
+def test_a_run_from_before_an_option_was_known_goes_on(build: Build) -> None:
+    train(config := build(steps=1), silent)
+    file = config.out / "run" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in ("task", "target")}))
+    train(build(steps=2), silent)
+    assert len(losses(config)) == 2
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PAIRED])
