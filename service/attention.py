@@ -6,7 +6,7 @@ network with two texts, as a translator has, these may be different ones.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
+from model.engine.engine import Engine
 from model.families.registry import read_config
-from model.nn.maps import attention_maps
+from model.nn.decoder import Decoder
+from model.nn.maps import alignment_maps, attention_maps
+from model.request import Request, SamplingParams, begun
 from model.tokenizer import Tokenizer
 from model.weights import load_network
 from service.errors import StartupError
 from service.settings import BUNDLED
 
 MOST_TOKENS = 512
+MOST_ANSWER = 128
 MOST_LABELS = 64  # of the large map: more could not be read
 
 
@@ -62,21 +67,52 @@ def attention(args: argparse.Namespace) -> None:
 
 
 def maps_of(folder: Path, text: str) -> Maps:
-    """Of a text, by the model in a folder. Raises `CheckpointError` and `StartupError`."""
+    """Of a text, by the model in a folder; of its greedy answer and the text, where the model has an encoder beside its
+    decoder. Raises `CheckpointError` and `StartupError`."""
     config, tokenizer = read_config(folder), Tokenizer.load(folder)
     ids = tokenizer.encode(text)
     if not 0 < len(ids) <= min(MOST_TOKENS, config.max_position):
         raise StartupError(f"the text has {len(ids)} tokens, expected 1 to {min(MOST_TOKENS, config.max_position)}")
+    _check(config)
     network = load_network(folder, config, torch.float32, torch.device("cpu"))
-    tokens = tuple(tokenizer.token_text(token_id) for token_id in ids)
-    return Maps(attention_maps(network, ids), tokens, tokens)
+
+    def shown(token_ids: Sequence[int]) -> tuple[str, ...]:
+        return tuple(map(tokenizer.token_text, token_ids))
+
+    if config.start_id is None:
+        return Maps(attention_maps(network, ids), shown(ids), shown(ids))
+    assert isinstance(network, Decoder)
+    answer = _answer(folder, ids, config.start_id, config.eos_ids)
+    return Maps(alignment_maps(network, ids, answer), shown(answer), shown(ids))
+
+
+def _check(config: ModelConfig) -> None:
+    """Raises `StartupError` where a layer has no map."""
+    if any(not kind.is_full for kind in config.attention):
+        raise StartupError("no maps of this model: not all of its layers compare each token with all before it")
+
+
+def _answer(folder: Path, ids: Sequence[int], start_id: int, eos_ids: tuple[int, ...]) -> list[int]:
+    """The ids that an engine answers a source with, greedy, the last one included."""
+    engine = Engine.load(folder, dtype="float32", device="cpu", max_num_seqs=1)
+    prompt_ids, source_ids = begun(tuple(ids), start_id)
+    greedy = SamplingParams(temperature=0.0, max_tokens=MOST_ANSWER, stop_token_ids=eos_ids, eos_ids=eos_ids)
+    engine.add(Request("answer", prompt_ids, greedy, source_ids=source_ids))
+    answer = list[int]()
+    while engine.has_work():
+        answer += [id for delta in engine.step() for id in delta.token_ids]
+    return answer
 
 
 def looker(folder: Path) -> Callable[[list[int]], list[list[list[float]]]]:
     """What computes for the chat page: token ids -> by layer and head, how much the last one takes of each, to four
     places. It has weights of its own, in float32, since a runner may have packed the others. Raises
-    `CheckpointError`."""
-    network = load_network(folder, read_config(folder), torch.float32, torch.device("cpu"))
+    `CheckpointError` and `StartupError`."""
+    config = read_config(folder)
+    _check(config)
+    if config.start_id is not None:
+        raise StartupError("--attention-view: not of a model with an encoder; `millrace attention` draws its alignment")
+    network = load_network(folder, config, torch.float32, torch.device("cpu"))
 
     def look(ids: list[int]) -> list[list[list[float]]]:
         last = attention_maps(network, ids)[:, :, -1]

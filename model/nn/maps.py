@@ -4,13 +4,19 @@ Dense, without a cache, and only for looking: a text of t tokens leaves layers x
 request and draws nothing.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.nn.bert import Encoder
+from model.nn.cross import KeysValues
 from model.nn.decoder import Decoder
+from model.nn.encoder import DenseEncoding
 from model.nn.ops import Heads, Ops
+from model.nn.reading import DenseReading
+from model.nn.tiles import scale_of
 
 
 class WatchedAttention(Ops):
@@ -39,6 +45,20 @@ class WatchedAttention(Ops):
         return visible
 
 
+class WatchedReading(DenseReading):
+    """One answer that reads its source; `maps` gets the weights [heads, rows, source] of each layer in turn."""
+
+    def __init__(self, config: ModelConfig, t: int, memory: Sequence[KeysValues], lengths: Tensor) -> None:
+        super().__init__(config, 1, t, memory, lengths)
+        self.maps = list[Tensor]()
+
+    def cross(self, layer: int, q: Tensor) -> Tensor:
+        k = self.memory[layer][0].repeat_interleave(q.shape[1] // self.config.num_kv_heads, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale_of(self.config)
+        self.maps.append(scores.softmax(-1))
+        return super().cross(layer, q)
+
+
 @torch.inference_mode()
 def attention_maps(network: Decoder | Encoder, token_ids: list[int]) -> Tensor:
     """Weights [layers, heads, rows, keys], float32 on the CPU: how much row i of a head takes of key j. Rows add up
@@ -47,3 +67,19 @@ def attention_maps(network: Decoder | Encoder, token_ids: list[int]) -> Tensor:
     ops = WatchedAttention(network.config)
     network(torch.tensor(token_ids, device=device), torch.arange(len(token_ids), device=device), ops)
     return torch.stack(ops.maps).cpu()
+
+
+@torch.inference_mode()
+def alignment_maps(network: Decoder, source_ids: list[int], answer_ids: list[int]) -> Tensor:
+    """Weights [layers, heads, answer, source] of a network with an encoder, float32 on the CPU: how much it takes of
+    each token of the source where it draws each token of the answer."""
+    device, start_id = next(network.parameters()).device, network.config.start_id
+    assert start_id is not None, "this network has no encoder"
+    source = torch.tensor(source_ids, device=device)
+    before = torch.tensor([start_id, *answer_ids[:-1]], device=device)
+    lengths = torch.tensor([len(source)], device=device)
+    encoding = DenseEncoding(network.config, 1, len(source), lengths)
+    rows = network.encode(source, torch.arange(len(source), device=device), encoding)
+    reading = WatchedReading(network.config, len(before), network.memory(rows, encoding), lengths)
+    network(before, torch.arange(len(before), device=device), reading)
+    return torch.stack(reading.maps).cpu()

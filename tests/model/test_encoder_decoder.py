@@ -15,6 +15,7 @@ from model.engine.engine import Engine
 from model.families.registry import read_config
 from model.nn.decoder import Decoder
 from model.nn.encoder import DenseEncoding
+from model.nn.maps import alignment_maps
 from model.nn.reading import DenseReading
 from model.request import Request, SamplingParams
 from model.weights import load_decoder
@@ -137,6 +138,16 @@ def test_t5_is_that_of_transformers(t5: tuple[Path, nn.Module]) -> None:
     wanted = theirs(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor(target)).logits
     assert wanted.std() > 0.1
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_alignments_are_the_cross_attentions_of_transformers(t5: tuple[Path, nn.Module]) -> None:
+    folder, theirs = t5
+    cast(Any, theirs).set_attn_implementation("eager")
+    source, answer = list(range(3, 60)), list(range(40, 70))
+    given = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[0, *answer[:-1]]])}
+    wanted = torch.cat(theirs(**given, output_attentions=True).cross_attentions)
+    assert wanted.std() > 1e-3
+    torch.testing.assert_close(alignment_maps(loaded(folder), source, answer), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_t5_generates_what_transformers_does(t5: tuple[Path, nn.Module]) -> None:
