@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.nn.bert import Encoder, SpanAttention, text_positions
 from model.nn.decoder import num_parameters
 from model.training import checkpoint
+from model.training.baseline import bag_of_words
 from model.training.export import export_classifier
 from model.training.labelled import Labelled, Split, load_labelled, masked, thinned, train_word_pieces
 from model.training.loss import cross_entropy
@@ -51,11 +52,18 @@ def train_classifier(config: TrainConfig, report: Report) -> None:
     )
     _loop(run, valid, report)
     export_classifier(run.encoder, tokenizer, config.dtype, config.out)
-    result = {"texts": len(test.texts), "accuracy": run.look_at(test)[1], "majority": test.majority()}
+    result = {
+        "texts": len(test.texts),
+        "accuracy": run.look_at(test)[1],
+        "majority": test.majority(),
+        "bag_of_words": bag_of_words(train, valid, test),
+        "bag_of_pairs": bag_of_words(train, valid, test, pairs=True),
+    }
     (folder / "result.json").write_text(json.dumps(result) + "\n")
     report(
-        f"of {len(test.texts):,} texts never seen, {result['accuracy']:.1%} right; "
-        f"always the most frequent label: {result['majority']:.1%}"
+        f"of {len(test.texts):,} texts never seen, {result['accuracy']:.1%} right; always the most frequent label: "
+        f"{result['majority']:.1%}; logistic regression over words: {result['bag_of_words']:.1%}, "
+        f"over words and pairs: {result['bag_of_pairs']:.1%}"
     )
     report(plot(folder))
     report(f"wrote {config.out}: millrace serve --model {config.out}")

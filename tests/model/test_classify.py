@@ -12,6 +12,7 @@ import pytest
 from model.engine.engine import Engine
 from model.request import Request, SamplingParams
 from model.tokenizer import Tokenizer
+from model.training.baseline import bag_of_words
 from model.training.classify import train_classifier
 from model.training.labelled import CONTROL, SPECIAL, Labelled, load_labelled, masked, thinned, train_word_pieces
 from model.training.options import OptionError, TrainConfig
@@ -48,6 +49,7 @@ def test_a_run_learns_exports_and_is_served(build: Build) -> None:
     train_classifier(config, lines.append)
     result = json.loads((config.out / "run" / "result.json").read_text())
     assert result["accuracy"] > 0.95 > result["majority"] + 0.1 and result["texts"] > 20
+    assert result["bag_of_words"] > 0.95, "one word decides"
     engine = Engine.load(config.out, dtype="float32")
     assert engine.runner.decoder.config.labels == ("no", "yes")
     for word, likelier in (("bad", 0), ("good", 1)):
@@ -127,3 +129,13 @@ def test_tables_that_cannot_be_used_are_refused(content: str, message: str, tmp_
     (tmp_path / "t.csv").write_text(content)
     with pytest.raises(OptionError, match=message):
         load_labelled(tmp_path / "t.csv", 0.1, 0.1)
+
+
+def test_words_alone_do_not_tell_what_their_order_tells() -> None:
+    draws = np.random.default_rng(5)
+    labels = draws.integers(0, 2, 300)
+    texts = [np.array([9, 7, 8, 9] if label else [9, 8, 7, 9]) for label in labels]
+    cuts = (slice(0, 200), slice(200, 250), slice(250, 300))
+    train, valid, test = (Labelled(texts[cut], labels[cut]) for cut in cuts)
+    assert bag_of_words(train, valid, test) < 0.7
+    assert bag_of_words(train, valid, test, pairs=True) == 1.0
