@@ -5,6 +5,8 @@ all others drawn by the sampler. It knows nothing of queues, requests' lives or 
 """
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import numpy as np
@@ -70,7 +72,7 @@ class NativeRunner:
         bad = {i for i, token_id in enumerate(best) if token_id < 0}
         if asking:
             logits = self._logits[: len(drawing)] if len(asking) == len(drawing) else self._logits[asking]
-            with torch.inference_mode():
+            with torch.inference_mode(), _one_thread():
                 drawn = sample(logits, [row_of(drawing[i]) for i in asking])
             for i, token_id, logprob, is_bad in zip(asking, drawn.token_ids, drawn.logprobs, drawn.bad, strict=True):
                 done.token_ids[drawing[i].sequence.id] = token_id
@@ -138,6 +140,18 @@ class NativeRunner:
         ends = np.cumsum([chunk.num_tokens for chunk in plan.chunks])
         pieces = np.split(finite, ends[:-1])
         return [chunk.sequence for chunk, rows in zip(plan.chunks, pieces, strict=True) if not rows.all()]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For torch's own work between two calls of the core: its threads would spin while the core's want to compute, and
+    the other way round."""
+    num = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num)
 
 
 def _is_greedy(chunk: Chunk) -> bool:

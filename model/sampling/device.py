@@ -76,7 +76,7 @@ def _draw(logits: Tensor, ids: Tensor, numbers: Tensor, ranked: bool) -> None:
     vocab = scores.shape[-1]
     _, order = leaders(scores, vocab)
     weights = weights.gather(-1, order)
-    mass = weights.cumsum(-1)
+    mass = weights.cumsum(-1, dtype=torch.float64)
     limits = torch.where(top_k > 0, top_k, vocab).long().clamp(max=vocab)
     needed = top_p * mass.gather(-1, limits - 1)
     kept = torch.minimum((mass < needed).sum(-1, keepdim=True) + 1, limits)

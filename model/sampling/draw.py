@@ -1,7 +1,7 @@
 """Scores to ids: temperature, truncation and the draw itself. It knows parameters and numbers, no sequences.
 
-Probabilities are turned into whole numbers first (2**46 is certainty). Their sums are exact in any order, so a result
-does not hang on threads, devices or on how many candidates were looked at; what is below 2**-46 cannot be drawn.
+Probabilities are turned into whole numbers first (2**46 is certainty). Their sums in float64 are exact in any order, so
+a result does not hang on threads, devices or on how many candidates were looked at; below 2**-46 nothing is drawn.
 
 The order is that of Hugging Face transformers' logits warpers: temperature, then top-k, then top-p (the nucleus, arXiv
 1904.09751), then min-p (arXiv 2407.01082), each on what the one before left. Equal scores rank by id, lower first.
@@ -9,6 +9,7 @@ The order is that of Hugging Face transformers' logits warpers: temperature, the
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +17,8 @@ from model.request import SamplingParams
 
 _CERTAINTY = 2.0**46
 _MIN_TEMPERATURE = 1e-30  # below it float32 would divide by zero; the outcome is the same
-_WIDTH = 64  # candidates that a truncated row is sorted for at first
-_WIDEN = 16
+_WIDTH = 64  # candidates that a truncated row is sorted for at first; where they are not enough, all are
+_BLOCK = 128  # weights of which a draw needs no more than the sum, unless it falls among them
 
 
 def draw(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
@@ -43,11 +44,23 @@ def leaders(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     Which of several equal scores come in last is left open, unless `width` covers the vocabulary.
     """
     if width >= scores.shape[-1]:
+        if scores.device.type == "cpu" and scores.dtype == torch.float32:
+            return _all_ranked(scores)
         values, ids = scores.sort(dim=-1, descending=True, stable=True)
         return values, ids
     ids = scores.topk(width).indices.sort(-1).values
     values, order = scores.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(-1, order)
+
+
+def _all_ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for the whole vocabulary, by sorting numbers of a score's bits and an id. NumPy has vector instructions
+    for that, which torch's sort has not: it is ten times as fast."""
+    bits = (scores + 0.0).view(torch.int32)  # -0 is 0 now
+    falling = ~(bits ^ (bits >> 31 & 0x7FFFFFFF))  # the bits of a negative float count downwards
+    keys = falling.long() << 32 | torch.arange(scores.shape[-1])
+    ids = torch.from_numpy(np.sort(keys.numpy(), axis=-1)) & 0xFFFFFFFF
+    return scores.gather(-1, ids), ids
 
 
 def take(x: Tensor, rows: Sequence[int]) -> Tensor:
@@ -60,29 +73,39 @@ def column(like: Tensor, values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
 
 
-def choose(weights: Tensor, min_p: Tensor, uniforms: Tensor) -> Tensor:
+def choose(weights: Tensor, min_p: Tensor | None, uniforms: Tensor) -> Tensor:
     """Indices [m] into weights [m, n], after min-p, by inverting the cumulative sum; the others are float64 [m, 1].
 
-    u * total < total in float64 for every u <= 1 - 2**-53 and total < 2**53, and the first sum above the target
-    belongs to a weight above 0: an id of no weight is never drawn.
+    Two sums instead of a long one: of blocks, then within the block that is hit. u * total < total in float64 for every
+    u <= 1 - 2**-53 and total < 2**53, and the first sum above the target belongs to a weight above 0: an id of no
+    weight is never drawn.
     """
-    floors = min_p * weights.amax(-1, keepdim=True)
-    weights = torch.where(weights < floors.ceil().long(), 0, weights)
-    mass = weights.cumsum(-1)
-    targets = (uniforms * mass[:, -1:]).long()
-    return torch.searchsorted(mass, targets, right=True)[:, 0]
+    if min_p is not None:
+        weights = torch.where(weights < (min_p * weights.amax(-1, keepdim=True)).ceil(), 0, weights)
+    n, num_blocks = weights.shape[-1], weights.shape[-1] // _BLOCK
+    blocks = weights[:, : num_blocks * _BLOCK].reshape(len(weights), num_blocks, _BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    rest = weights[:, num_blocks * _BLOCK :].sum(-1, keepdim=True, dtype=torch.float64)
+    mass = torch.cat([torch.zeros_like(rest), sums, rest], dim=-1).cumsum(-1)  # before each block, and the total
+    targets = (uniforms * mass[:, -1:]).floor()
+    block = torch.searchsorted(mass[:, 1:].contiguous(), targets, right=True)
+    ids = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(-1, ids.clamp(max=n - 1)).masked_fill(ids >= n, 0).cumsum(-1, dtype=torch.float64)
+    within = torch.searchsorted(inside, targets - mass.gather(-1, block), right=True)
+    return (block * _BLOCK + within)[:, 0]
 
 
 def whole_weights(scores: Tensor, temperatures: Tensor) -> Tensor:
-    """Probabilities of scores float32 [m, vocab] at temperatures [m, 1] as whole numbers, int64."""
+    """Probabilities of scores float32 [m, vocab] at temperatures [m, 1] as whole numbers, float32."""
     temperatures = temperatures.clamp(min=_MIN_TEMPERATURE).float()
     # The highest score becomes 0 before the division, which therefore cannot overflow upwards.
-    probabilities = ((scores - scores.amax(-1, keepdim=True)) / temperatures).softmax(-1)
-    return (probabilities * _CERTAINTY).long()
+    probabilities = (scores - scores.amax(-1, keepdim=True)).div_(temperatures).softmax(-1)
+    return probabilities.mul_(_CERTAINTY).floor_()
 
 
 def _choose(weights: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
-    return choose(weights, column(weights, [p.min_p for p in params]), column(weights, uniforms))
+    min_p = column(weights, [p.min_p for p in params]) if any(p.min_p for p in params) else None
+    return choose(weights, min_p, column(weights, uniforms))
 
 
 def _draw_ranked(
@@ -91,16 +114,16 @@ def _draw_ranked(
     """Ids [m] for rows with top-k or top-p, both of which keep a prefix of the ranking.
 
     Only the first `width` candidates are sorted. A row is settled if its prefix ends among them, ahead of the last
-    one's equals; the rest try again with more. Weights are whole numbers, so the width cannot show in the result.
+    one's equals; the rest try again with all. Weights are whole numbers, so the width cannot show in the result.
     """
     vocab = weights.shape[-1]
     values, ids = leaders(scores, width)
     width = ids.shape[-1]
     ranked = weights.gather(-1, ids)
-    mass = ranked.cumsum(-1)
+    mass = ranked.cumsum(-1, dtype=torch.float64)
     limits = column(mass, [min(p.top_k or vocab, vocab) for p in params]).long()
     totals = torch.where(
-        limits < vocab, mass.gather(-1, limits.clamp(max=width) - 1), weights.sum(-1, keepdim=True)
+        limits < vocab, mass.gather(-1, limits.clamp(max=width) - 1), weights.sum(-1, keepdim=True, dtype=torch.float64)
     )  # what top-k leaves; wrong only where it reaches beyond the width, and such a row is not settled
     needed = column(mass, [p.top_p for p in params]) * totals
     kept = torch.minimum((mass < needed).sum(-1, keepdim=True) + 1, limits)
@@ -114,5 +137,5 @@ def _draw_ranked(
     rest = [i for i, done in enumerate(settled[:, 0].tolist()) if not done]
     if rest:
         of, us = [params[i] for i in rest], [uniforms[i] for i in rest]
-        drawn[rest] = _draw_ranked(take(scores, rest), take(weights, rest), of, us, width * _WIDEN)
+        drawn[rest] = _draw_ranked(take(scores, rest), take(weights, rest), of, us, vocab)
     return drawn

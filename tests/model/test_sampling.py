@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.request import SamplingParams
-from model.sampling.draw import _draw_ranked, draw
+from model.sampling.draw import _draw_ranked, choose, draw, leaders, whole_weights
 from model.sampling.random import philox, uniform
 from model.sampling.sampler import Drawn, Row, edit, sample
 
@@ -266,3 +266,25 @@ def test_rows_that_edit_nothing_pay_nothing_and_logits_stay_unchanged() -> None:
 def test_half_precision_logits_draw_as_their_float32_values() -> None:
     logits, rows = torch.randn(16, 99).bfloat16(), mixed_rows(16, 99)
     assert sample(logits, rows) == sample(logits.float(), rows)
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 1000, 4096])
+def test_a_choice_by_blocks_is_that_of_one_long_sum(n: int) -> None:
+    torch.manual_seed(n)
+    scores = torch.randn(200, n) * 6
+    weights = whole_weights(scores, torch.ones(200, 1))
+    uniforms = torch.rand(200, 1, dtype=torch.float64)
+    uniforms[0], uniforms[1] = 0.0, 1 - 2**-53
+    mass = weights.long().cumsum(-1)
+    wanted = torch.searchsorted(mass, (uniforms * mass[:, -1:]).long(), right=True)[:, 0]
+    assert torch.equal(choose(weights, None, uniforms), wanted)
+    assert (weights.gather(-1, wanted[:, None]) > 0).all()
+
+
+def test_ranking_all_is_a_stable_sort() -> None:
+    torch.manual_seed(3)
+    scores = torch.randint(-9, 9, (20, 700)) / 4.0
+    scores[0, :9], scores[1, 5], scores[2] = -0.0, -torch.inf, scores[2].clamp(max=-1.0)
+    values, ids = leaders(scores, 700)
+    wanted_values, wanted_ids = scores.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(values, wanted_values) and torch.equal(ids, wanted_ids)
