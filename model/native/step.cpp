@@ -15,12 +15,13 @@
 #include "attention.h"
 #include "core.h"
 #include "linear.h"
+#include "rows.h"
 #include "team.h"
 #include "vec.h"
 
 namespace {
 
-constexpr int ALIGNMENT = 64;
+constexpr int ALIGNMENT = 64, FEW_ROWS = 16, MOST_AHEAD = 256 << 10;
 int64_t padded(int64_t n) { return (n + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
 template <class T> T* reserve(int64_t count) {  // zeros
@@ -65,52 +66,6 @@ struct Core {
             std::free(memory);
     }
 };
-
-// Row `x` as a matrix's operand. In float32 it is one already.
-void prepare(int precision, const float* x, int num, char* operand, float* scale) {
-    if (precision == BFLOAT16) {
-        auto out = (uint16_t*)operand;
-        for (int i = 0; i < num; ++i) out[i] = narrow(x[i]);
-        std::memset(out + num, 0, (32 - num % 32) % 32 * sizeof *out);  // matrix units take 64 bytes at a time
-    } else if (precision == INT8) {
-        auto out = (uint8_t*)operand;
-        vec peaks = {}, zeros = {};
-        for (int i = 0; i < num; i += WIDTH) {  // beyond `num` there are zeros
-            vec part = load(x + i);
-            peaks = larger(peaks, larger(part, -part));
-            zeros += part * 0.0f;
-        }
-        float largest = 0;
-        for (int i = 0; i < WIDTH; ++i) largest = peaks[i] > largest ? peaks[i] : largest;
-        float one = largest / 127.0f;
-        *scale = one + total(zeros);  // NaN if anything is not finite, and so is the whole product
-        if (!(largest > 0)) one = 1;
-        for (int i = 0; i < num; ++i) {
-            float rounded = x[i] / one + 12582912.0f;  // to even: the sum's lowest bits are the whole number
-            int32_t bits;
-            std::memcpy(&bits, &rounded, 4);
-            out[i] = uint8_t((bits & 0xff) + 128);
-        }
-        std::memset(out + num, 0, (64 - num % 64) % 64);
-    }
-}
-
-void norm(const Norm& n, const float* x, int num, float eps, float* out) {
-    vec squares = {}, sums = {};
-    float mean = 0;
-    if (n.bias) {
-        for (int i = 0; i < num; i += WIDTH) sums += load_some(x + i, num - i);
-        mean = total(sums) / num;
-    }
-    for (int i = 0; i < num; i += WIDTH) {
-        vec part = load_some(x + i, num - i) - mean;
-        if (num - i < WIDTH)
-            for (int j = num - i; j < WIDTH; ++j) part[j] = 0;
-        squares += part * part;
-    }
-    float factor = 1.0f / std::sqrt(total(squares) / num + eps);
-    for (int i = 0; i < num; ++i) out[i] = (x[i] - mean) * factor * n.weight[i] + (n.bias ? n.bias[i] : 0.0f);
-}
 
 struct Rows {  // what a matrix is multiplied with
     const char* operands;
@@ -293,9 +248,21 @@ template <class P> struct Forward {
             c.team.each(me, step.num_rows, [&](int row) { prepare_row(row, rows + row * width, num); });
     }
 
-    void layer(const Layer& layer) const {
+    // The beginning of this thread's share of a matrix is read next. It is fetched in the waits before: with few rows,
+    // steps are as long as reading the weights takes, and memory must not rest meanwhile.
+    void next(const Linear& m, bool gated = false) const {
+        if (step.num_rows > FEW_ROWS) return;
+        int num = (m.num_out + PANEL - 1) / PANEL, each = gated ? 2 : 1;
+        int begin = int(int64_t(num) * me.me / c.team.num()), end = int(int64_t(num) * (me.me + 1) / c.team.num());
+        me.ahead = (const char*)panel_of<P>(m, begin * each);
+        int64_t share = (const char*)panel_of<P>(m, end * each) - me.ahead;
+        me.ahead_end = me.ahead + (share < MOST_AHEAD ? share : MOST_AHEAD);
+    }
+
+    void layer(const Layer& layer, const Linear& following) const {
         int num = step.num_rows;
         norm_rows(layer.attn_norm);
+        next(layer.out);
         multiply<P>(c, me, layer.qkv, false, operand(c.normed, c.hidden, num),
                     [&](int row, int channel, const float* out, const float*, int count) {
                         std::memcpy(c.qkv + row * c.qkv_width + channel, out, count * sizeof(float));
@@ -303,8 +270,10 @@ template <class P> struct Forward {
         if (net.cache_bfloat16) attention<uint16_t>(layer);
         else attention<float>(layer);
         prepare_rows(c.mixed, c.heads_width, net.num_heads * net.head_dim);
+        next(layer.up, net.gated);
         add(layer.out, operand(c.mixed, c.heads_width, num));
         norm_rows(layer.mlp_norm);
+        next(layer.down);
         multiply<P>(c, me, layer.up, net.gated, operand(c.normed, c.hidden, num),
                     [&](int row, int channel, const float* out, const float* up, int count) {
                         float* h = c.wide + row * c.inner + channel;
@@ -318,6 +287,7 @@ template <class P> struct Forward {
                         }
                     });
         prepare_rows(c.wide, c.inner, net.inner);
+        next(following);
         add(layer.down, operand(c.wide, c.inner, num));
     }
 
@@ -365,7 +335,8 @@ template <class P> struct Forward {
             embed(row);
             if (net.positions) place(chunk_of(row), row);
         });
-        for (int i = 0; i < net.num_layers; ++i) layer(c.layers[i]);
+        for (int i = 0; i < net.num_layers; ++i)
+            layer(c.layers[i], i + 1 < net.num_layers ? c.layers[i + 1].qkv : net.head);
         logits();
     }
 };
