@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from model.assemble import Assembler
 from model.engine.engine import Engine
-from model.request import Request, SamplingParams
+from model.request import Request, SamplingParams, begun
 from model.tokenizer import Tokenizer
 from tests.faults.client import Reading
 
@@ -52,7 +52,7 @@ class Unfailed:
     def expect(self, body: Mapping[str, Any]) -> Expected:
         """The answer to a body made by `asked`."""
         self.prepare([body])
-        request = to_request(self._engine.tokenizer, body)
+        request = to_request(self._engine, body)
         token_ids = self._known[_kind(body)][: body["max_tokens"]]
         return Expected(token_ids, text_of(self._engine.tokenizer, request, token_ids))
 
@@ -65,7 +65,7 @@ class Unfailed:
         for kind, body in lacking.items():
             self._known[kind] = []
             num = max(self._num_tokens, body["max_tokens"])
-            self._engine.add(replace(to_request(self._engine.tokenizer, {**body, "max_tokens": num}), id=kind))
+            self._engine.add(replace(to_request(self._engine, {**body, "max_tokens": num}), id=kind))
         while self._engine.has_work():
             for delta in self._engine.step():
                 self._known[delta.id] += delta.token_ids
@@ -75,12 +75,13 @@ def _kind(body: Mapping[str, Any]) -> str:
     return json.dumps({name: body[name] for name in ("prompt", "seed", *SAMPLING)})
 
 
-def to_request(tokenizer: Tokenizer, body: Mapping[str, Any]) -> Request:
+def to_request(engine: Engine, body: Mapping[str, Any]) -> Request:
     """What intake makes of a body made by `asked`, as far as it shows in the ids."""
     fields = {name: body[name] for name in (*SAMPLING, "seed", "max_tokens") if name != "ignore_eos"}
     prompt = body["prompt"]
-    ids = tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else prompt
-    return Request("unfailed", tuple(ids), SamplingParams(**fields))
+    ids = engine.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else prompt
+    prompt_ids, source_ids = begun(tuple(ids), engine.start_id)
+    return Request("unfailed", prompt_ids, SamplingParams(**fields), source_ids=source_ids)
 
 
 def text_of(tokenizer: Tokenizer, request: Request, token_ids: list[int]) -> str:
