@@ -16,7 +16,7 @@ from torch import Tensor
 from model.cache.store import PagedStore
 from model.config import EngineConfig
 from model.engine.pooling import Pools, wanted_rows
-from model.engine.runner import Computed, row_of
+from model.engine.runner import Computed, clear_failed, row_of
 from model.engine.scheduler import Chunk, Fork, StepPlan
 from model.engine.sequence import Sequence
 from model.native.library import Step
@@ -81,11 +81,7 @@ class NativeRunner:
                 if is_bad:
                     bad.add(i)
         done.failed.extend(drawing[i].sequence for i in sorted(bad) if drawing[i].sequence not in done.failed)
-        for chunk in plan.chunks if done.failed else ():
-            if chunk.sequence in done.failed:
-                # Before anyone else gets the blocks: a masked NaN is still a NaN to whoever sums over it. Those before
-                # this chunk's are finite, and may be others' as well.
-                self.store.clear(chunk.sequence.blocks[chunk.start // self.config.block_size :])
+        clear_failed(self.store, plan, done)
         return done
 
     def fork(self, fork: Fork) -> None:

@@ -95,11 +95,7 @@ class Runner:
                     done.logprobs[chunk.sequence.id] = logprob
                 if bad and chunk.sequence not in done.failed:
                     done.failed.append(chunk.sequence)
-        for chunk in plan.chunks if done.failed else ():
-            if chunk.sequence in done.failed:
-                # Before anyone else gets the blocks: a masked NaN is still a NaN to whoever sums over it. Those before
-                # this chunk's are finite, and may be others' as well.
-                self.store.clear(chunk.sequence.blocks[chunk.start // self.config.block_size :])
+        clear_failed(self.store, plan, done)
         return done
 
     def fork(self, fork: Fork) -> None:
@@ -175,6 +171,14 @@ class Runner:
 
     def _tensor(self, numbers: Seq[int] | Seq[Seq[int]]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+def clear_failed(store: PagedStore, plan: StepPlan, done: Computed) -> None:
+    """Clear the blocks that those who failed have written to, before anyone else gets them: a masked NaN is still a NaN
+    to whoever sums over it. Those before their chunks are finite, and may be others' as well."""
+    for chunk in plan.chunks if done.failed else ():
+        if chunk.sequence in done.failed:
+            store.clear(chunk.sequence.blocks[chunk.start // store.block_size :])
 
 
 def row_of(chunk: Chunk) -> Row:
