@@ -13,7 +13,7 @@ from tests.faults.load import Load, bodies, num_take_overs
 from tests.faults.procs import Toy, runs
 from tests.faults.toy import POISON
 
-LONG = "y" * 500  # several of it are more than one step computes
+LONG = "y" * 700  # more than one step computes
 
 
 async def started(house: House, *flags: str, num: int = 1) -> list[Toy]:
