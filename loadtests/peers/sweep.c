@@ -1,7 +1,8 @@
 /* How fast two threads read memory: sweep THREADS BYTES SWEEPS prints the GB/s (10^9 bytes) of the best sweep.
  *
  * Each thread reads its own share of one buffer, far beyond any cache, and adds it up in eight independent sums, so that
- * loads and not additions are what it waits for. The buffer is in huge pages where the system gives them. A sweep lasts
+ * loads and not additions are what it waits for; they are asked for some way ahead, which brought a fifth more on the
+ * machine it was written on. The buffer is in huge pages where the system gives them. A sweep lasts
  * from the first thread's start, after a barrier, to the last one's end, by their own clocks: a thread that is kept from
  * running makes it longer, never shorter.
  */
@@ -13,6 +14,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#define AHEAD 1024 /* bytes; 4,096 brought next to nothing */
 typedef uint64_t lanes __attribute__((vector_size(64)));
 
 static pthread_barrier_t gate;
@@ -34,8 +36,10 @@ static void *reader(void *argument) {
     for (int sweep = 0; sweep < num_sweeps; sweep++) {
         pthread_barrier_wait(&gate);
         clock[2 * sweep] = now();
-        for (size_t i = 0; i < share; i += 8)
+        for (size_t i = 0; i < share; i += 8) {
+            for (int k = 0; k < 8; k++) __builtin_prefetch((const char *)(start + i + k) + AHEAD);
             for (int k = 0; k < 8; k++) sum[k] += start[i + k];
+        }
         __asm__ volatile("" : : "r"(sum) : "memory"); /* read before the clock is */
         clock[2 * sweep + 1] = now();
     }

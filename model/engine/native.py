@@ -5,9 +5,9 @@ all others drawn by the sampler. It knows nothing of queues, requests' lives or 
 """
 
 import ctypes
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 
 import numpy as np
 import torch
@@ -50,8 +50,10 @@ class NativeRunner:
         self._core = Core(library, packed, torch.get_num_threads(), rows, config.max_model_len)
         self._logits = torch.zeros(config.max_num_seqs, shape.vocab_size)
         self._best = np.zeros(config.max_num_seqs, dtype=np.int32)
-        self._finite = np.zeros(rows, dtype=np.uint8)
-        self._pools = Pools(shape.hidden_size, config.max_num_seqs)
+        self._finite = bytearray(rows)
+        finite = (ctypes.c_char * rows).from_buffer(self._finite)
+        self._results = self._logits.data_ptr(), self._best.ctypes.data, ctypes.addressof(finite)
+        self._pools, self._hidden = Pools(shape.hidden_size, config.max_num_seqs), torch.empty(0, shape.hidden_size)
 
     def can_run_ahead(self, plan: StepPlan) -> bool:
         """Never: a step is complete when `start` returns."""
@@ -92,30 +94,22 @@ class NativeRunner:
     def _compute(self, plan: StepPlan) -> dict[str, bytes]:
         """One call of the core: `_logits`, `_best` of the rows that draw, `_finite` of all. The results of those that
         draw nothing."""
-        ids, chunks, tables, wanted, told = list[int](), list[int](), list[list[int]](), list[int](), list[int]()
-        row, table, size = 0, 0, self.config.block_size
+        ids, chunks, tables, wanted, told = (array("i") for _ in range(5))  # cheaper than NumPy's for a few numbers
+        row, size = 0, self.config.block_size
         for chunk in plan.chunks:
             end = chunk.start + chunk.num_tokens
-            ids += chunk.sequence.ids(chunk.start, end)
-            blocks = chunk.sequence.blocks[: -(-end // size)]
-            chunks += (row, chunk.num_tokens, chunk.start, table)
-            tables.append(blocks)
-            told += [row + at for at in wanted_rows(chunk)]
-            table += len(blocks)
+            ids.extend(chunk.sequence.ids(chunk.start, end))
+            chunks.extend((row, chunk.num_tokens, chunk.start, len(tables)))
+            tables.extend(chunk.sequence.blocks[: -(-end // size)])
+            told.extend(row + at for at in wanted_rows(chunk))
             row += chunk.num_tokens
             if chunk.draws:
                 wanted.append(row - 1)
-        arrays = [np.array(numbers, dtype=np.int32) for numbers in (ids, chunks, wanted, told)]
-        arrays.insert(2, np.fromiter(chain.from_iterable(tables), dtype=np.int32, count=table))
-        *read, told_rows = (array.ctypes.data for array in arrays)
-        hidden = torch.empty(len(told), self.decoder.config.hidden_size)
-        self._core.step(
-            Step(
-                row, len(plan.chunks), len(wanted), len(told), *read, self._logits.data_ptr(), self._best.ctypes.data,
-                self._finite.ctypes.data, told_rows, hidden.data_ptr(),
-            )
-        )  # fmt: skip
-        return self._pooled(plan, hidden)
+        hidden = torch.empty(len(told), self.decoder.config.hidden_size) if told else self._hidden
+        read = (numbers.buffer_info()[0] for numbers in (ids, chunks, tables, wanted))
+        where = *read, *self._results, told.buffer_info()[0], hidden.data_ptr()
+        self._core.step(Step(row, len(plan.chunks), len(wanted), len(told), *where))
+        return self._pooled(plan, hidden) if told else {}
 
     def _pooled(self, plan: StepPlan, hidden: Tensor) -> dict[str, bytes]:
         """What the hidden rows that were asked for make of their texts."""
@@ -130,9 +124,9 @@ class NativeRunner:
 
     def _not_finite(self, plan: StepPlan) -> list[Sequence]:
         """Sequences with a row that is not finite. A bad key or value shows here too, since its row sees itself."""
-        finite = self._finite[: plan.num_tokens]
-        if finite.all():
+        if self._finite.find(0, 0, plan.num_tokens) < 0:
             return []
+        finite = np.frombuffer(self._finite, dtype=np.uint8)[: plan.num_tokens]
         ends = np.cumsum([chunk.num_tokens for chunk in plan.chunks])
         pieces = np.split(finite, ends[:-1])
         return [chunk.sequence for chunk, rows in zip(plan.chunks, pieces, strict=True) if not rows.all()]

@@ -204,6 +204,31 @@ static void matrix_tile(const Linear& m, int panel, const void* x, int64_t strid
 #undef STORE
 #endif
 
+#if defined(__AMX_TILE__)
+// One row in bfloat16, rounded as the matrix unit rounds it: of each 32 inputs the even and the odd ones have sums of
+// their own (Intel's instruction set reference, TDPBF16PS). A single row waits for memory, and this waits less.
+static void row_as_tile(const Linear& m, int panel, const uint16_t* x, float* out) {
+    const uint16_t* w = panel_of<BFloat16>(m, panel);
+    vec sums[VECS] = {};
+    for (int k = 0; k < m.num_in; k += 32) {
+        vec even[VECS] = {}, odd[VECS] = {};
+        for (int pair = 0; pair < 32; pair += 2, w += 2 * PANEL) {
+            float first = widen(x[k + pair]), second = widen(x[k + pair + 1]);
+#pragma GCC unroll 3
+            for (int v = 0; v < VECS; ++v) {
+                __builtin_prefetch((const char*)(w + v * 2 * WIDTH) + 3072);
+                uvec pairs;
+                std::memcpy(&pairs, w + v * 2 * WIDTH, sizeof pairs);
+                even[v] += (vec)(pairs << 16) * first;
+                odd[v] += (vec)(pairs & 0xffff0000u) * second;
+            }
+        }
+        for (int v = 0; v < VECS; ++v) sums[v] += even[v] + odd[v];
+    }
+    finish_row<BFloat16>(sums, m, panel, 1.0f, out);
+}
+#endif
+
 // The same for any number of rows up to MOST_ROWS.
 template <class P>
 static void tile(const Linear& m, int panel, const void* rows, int64_t stride, const float* scales, int num,
@@ -211,6 +236,8 @@ static void tile(const Linear& m, int panel, const void* rows, int64_t stride, c
     auto x = (const typename P::X*)rows;
 #if defined(__AMX_TILE__)
     // bfloat16 always, since the unit rounds in its own way; int8 is exact either way, and faster so from a few rows on.
+    if constexpr (P::GROUP == 2)
+        if (num == 1) return row_as_tile(m, panel, x, out);
     if (P::GROUP == 2 || (P::GROUP == 4 && num >= 4)) {
         int first = num < 32 && num > 16 ? 16 : num;
         matrix_tile<P>(m, panel, x, stride, scales, first, out);

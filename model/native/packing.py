@@ -20,6 +20,7 @@ from model.nn.quantized import Int8Weight, quantize_weight
 GROUPS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that stand together
 PRECISIONS = {torch.float32: lib.FLOAT32, torch.bfloat16: lib.BFLOAT16, torch.int8: lib.INT8}
 SPARE_BYTES = 4096  # behind every matrix: the core may look there
+PIECE_BYTES, ALIGNED_BYTES = 2**26, 64  # of which only what is written takes memory
 Weight = Tensor | Int8Weight
 
 
@@ -44,7 +45,7 @@ class Packed:
     def __init__(self, decoder: Decoder, store: PagedStore, dtype: torch.dtype, int8: bool, drop: bool) -> None:
         self.config, self.drop = decoder.config, drop
         self.dtype = torch.int8 if int8 else dtype
-        self._alive: list[Tensor] = []
+        self._arena = _Arena()
         self.num_bytes = 0
         self.layers = (lib.Layer * self.config.num_layers)()
         embed = decoder.embed.weight
@@ -81,6 +82,8 @@ class Packed:
             self._layer(layer, packed)
             packed.keys, packed.values = store.keys[i].data_ptr(), store.values[i].data_ptr()
             packed.window = self.config.window(i) or 0
+        if drop:
+            _give_back()
 
     def _positions(self, decoder: Decoder) -> None:
         if decoder.rotary is not None:
@@ -128,10 +131,8 @@ class Packed:
 
     def _keep(self, numbers: Tensor) -> int:
         """The address of a copy that stays."""
-        kept = _large_pages(numbers)
-        self._alive.append(kept)
-        self.num_bytes += kept.nbytes
-        return kept.data_ptr()
+        self.num_bytes += numbers.nbytes
+        return self._arena.keep(numbers)
 
 
 def _rows(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -166,21 +167,47 @@ def _by_panel(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(padded, dim=1)
 
 
-def _large_pages(numbers: Tensor) -> Tensor:
-    """A copy, in pages of 2 MiB where the system has them: fewer misses of the translation buffer."""
-    size = numbers.nbytes + SPARE_BYTES
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE") and size >= 2**21:
+class _Arena:
+    """Memory in pages of 2 MiB where the system has them: fewer misses of the translation buffer. Small matrices share
+    a piece, since none of them alone would fill such a page; private, since Linux rarely gives large pages to others.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[Tensor] = []
+        self._used = 0
+
+    def keep(self, numbers: Tensor) -> int:
+        """The address of a copy that stays."""
+        size = numbers.nbytes + SPARE_BYTES
+        if not self._pieces or self._used + size > self._pieces[-1].nbytes:
+            self._pieces.append(_piece(max(size, PIECE_BYTES)))
+            self._used = 0
+        copy = self._pieces[-1][self._used : self._used + numbers.nbytes].view(numbers.dtype)
+        copy.copy_(numbers.detach().flatten())
+        self._used += -(-size // ALIGNED_BYTES) * ALIGNED_BYTES
+        return copy.data_ptr()
+
+
+def _piece(size: int) -> Tensor:
+    """Bytes that take memory only where they have been written."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, size, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    copy = torch.frombuffer(memory, dtype=numbers.dtype, count=numbers.numel())
-    copy.copy_(numbers.detach().flatten())
-    return copy
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _forget(module: nn.Module | None) -> None:
     """Give up a module's parameters, but not their shapes."""
     if module is not None:
         module.to("meta")
+
+
+def _give_back() -> None:
+    """Freed memory returns to the system: the C library would keep what a loaded checkpoint took for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 class Core:

@@ -209,7 +209,7 @@ def test_a_number_that_is_not_finite_is_never_hidden(load: Load, precision: str)
     dtype = "bfloat16" if precision == "bfloat16" else "float32"
     runner = native(decoder, load(None), int8=precision == "int8", dtype=dtype)
     Steps(runner).step({"good": [1, 2], "bad": [1, 7, 2]})
-    assert runner._finite[:5].tolist()[:2] == [1, 1] and runner._best[0] >= 0
+    assert list(runner._finite[:2]) == [1, 1] and runner._best[0] >= 0
     assert not runner._finite[3]
 
 
