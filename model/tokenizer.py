@@ -23,6 +23,7 @@ from model.config import CheckpointError
 _MARK = "\ufdd0"  # a noncharacter, by Unicode for internal use: it splits the control tokens written out in user text
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NEVER = r"(?!)"
+_SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 _BYTE_LEVEL_DECODERS = {"Sequence", "Fuse", "ByteLevel"}
 _OTHER_DECODERS = {"Sequence", "Fuse", "Replace", "Strip", "ByteFallback", "Metaspace", "WordPiece"}
 
@@ -73,7 +74,9 @@ class Tokenizer:
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError("tokenizer.json: expected in the model folder, found none")
+            other = next((name for name in _SENTENCEPIECE if (folder / name).is_file()), None)
+            found = f"only {other}: AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes one"
+            raise CheckpointError(f"tokenizer.json: expected in the model folder, found {found if other else 'none'}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower

@@ -255,7 +255,13 @@ def test_broken_files_are_refused_in_one_line(tmp_path: Path, name: str, content
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: .*found none$"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_folder_with_a_sentencepiece_model_alone_is_told_what_makes_the_other(tmp_path: Path) -> None:
+    (tmp_path / "spiece.model").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"only spiece\.model: .*AutoTokenizer"):
         Tokenizer.load(tmp_path)
 
 
