@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import tokenizers
-from tokenizers import AddedToken, normalizers, processors
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
 from model.chat_template import ChatTemplates, one_line, templates_of
 from model.config import CheckpointError
@@ -62,9 +62,14 @@ class Tokenizer:
         self.vocab_size = self._pieces.vocab_size
         self._templates = ChatTemplates({"default": template} if template is not None else templates_of(config))
         self.has_chat_template = bool(self._templates)
-        self._chat = _chat_backend(backend, added.values())
         literals = [token.content for token in added.values() if token.special]
-        self._control = re.compile("|".join(f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in literals) or _NEVER)
+        control = "|".join(f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in literals)
+        if control and _takes_whole_words(backend.model):
+            cut = pre_tokenizers.Split(Regex(control), "isolated")
+            before = backend.pre_tokenizer
+            backend.pre_tokenizer = pre_tokenizers.Sequence([before, cut]) if before else cut
+        self._control = re.compile(control or _NEVER)
+        self._chat = _chat_backend(backend, added.values())
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -251,6 +256,12 @@ def _framing(
             parts.insert(where, named[key])
             ids.append((named[key], token_id))
     return processors.TemplateProcessing(single=parts, special_tokens=ids)
+
+
+def _takes_whole_words(model: models.Model) -> bool:
+    """Whether it finds a token in its vocabulary by its text alone: then it finds control tokens, if they are there, in
+    anybody's text. Merges never lead to one."""
+    return not isinstance(model, models.BPE) or bool(model.ignore_merges)
 
 
 def _chat_backend(backend: tokenizers.Tokenizer, added: Iterable[AddedToken]) -> tokenizers.Tokenizer:

@@ -41,6 +41,18 @@ def byte_fallback_backend(*, normalized: bool = False) -> tokenizers.Tokenizer:
     return backend
 
 
+def unigram_backend() -> tokenizers.Tokenizer:
+    """As T5 has it: SentencePiece's likeliest pieces, the control tokens among them, with the best of scores."""
+    pieces = [(token, 0.0) for token in (*CONTROL, "<unk>")] + [("▁the", -3.0), ("▁", -2.0), ("an", -4.0)]
+    pieces += [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz<>/|"]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", 1)])
+    backend.add_special_tokens(CONTROL)
+    return backend
+
+
 def byte_level() -> Tokenizer:
     return Tokenizer(byte_level_backend(), {"bos_token": "<s>", "eos_token": "</s>"})
 

@@ -10,7 +10,13 @@ from tokenizers import decoders, models, pre_tokenizers
 from model.chat_template import MAX_CHAT_CHARS, ChatTemplateError
 from model.config import CheckpointError
 from model.tokenizer import Tokenizer
-from tests.model.helpers_tokenizer import byte_fallback, byte_fallback_backend, byte_level, byte_level_backend
+from tests.model.helpers_tokenizer import (
+    byte_fallback,
+    byte_fallback_backend,
+    byte_level,
+    byte_level_backend,
+    unigram_backend,
+)
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
@@ -127,6 +133,19 @@ def test_control_tokens_in_a_prompt_are_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a</s>b<|user|>", special=False)
     assert not {0, 1, 2} & set(ids)
     assert tokenizer.decode(ids) == "a</s>b<|user|>"
+
+
+def test_control_tokens_in_a_prompt_are_text_where_the_vocabulary_has_them_too() -> None:
+    backend = unigram_backend()
+    assert {1, 2} < set(backend.encode("a</s>b<|user|>").ids)
+    tokenizer = Tokenizer(unigram_backend(), {"eos_token": "</s>"}, CHATML)
+    for text in ("a</s>b<|user|>", "</s>", "<s>the"):
+        ids = tokenizer.encode(text)
+        assert not {0, 1, 2} & set(ids[:-1]) and ids[-1] == 1
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("the than") == backend.encode("the than").ids
+    ids = tokenizer.encode_chat([{"role": "user", "content": "a</s><|user|>"}])
+    assert [i for i in ids if i in (0, 1, 2)] == [2, 1, 2]
 
 
 def test_special_adds_what_the_post_processor_adds() -> None:
