@@ -1,6 +1,7 @@
 """Encoder-decoders beside other people's: `torch.nn.Transformer`, and T5 as transformers has it; both at once and
 step by step over the cache."""
 
+import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -127,8 +128,8 @@ def t5(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     return folder, theirs
 
 
-def loaded(folder: Path) -> Decoder:
-    return load_decoder(folder, read_config(folder), torch.float32, torch.device("cpu"))
+def loaded(folder: Path, dtype: torch.dtype = torch.float32, int8: bool = False) -> Decoder:
+    return load_decoder(folder, read_config(folder), dtype, torch.device("cpu"), quantized=int8)
 
 
 def test_t5_is_that_of_transformers(t5: tuple[Path, nn.Module]) -> None:
@@ -138,6 +139,28 @@ def test_t5_is_that_of_transformers(t5: tuple[Path, nn.Module]) -> None:
     wanted = theirs(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor(target)).logits
     assert wanted.std() > 0.1
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_t5_in_bfloat16_is_as_near_as_that_of_transformers(t5: tuple[Path, nn.Module]) -> None:
+    folder, theirs = t5
+    source, target = list(range(3, 60)), [[0, *range(40, 70)]]
+    wanted = dense_logits(loaded(folder), [source], target)[0]
+    ours = dense_logits(loaded(folder, torch.bfloat16), [source], target)[0]
+    ids = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor(target)}
+    other = copy.deepcopy(theirs).bfloat16()(**ids).logits[0]
+    assert 0 < (ours - wanted).norm() < 1.5 * (other - wanted).norm()
+
+
+def test_t5_in_int8_is_near(t5: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    """With attention about as sharp as in a trained network: the fixture's is so sharp that any rounding tells."""
+    _, theirs = t5
+    softer = copy.deepcopy(theirs)
+    for parameter in softer.parameters():
+        parameter.div_(1.5)
+    cast(Any, softer).save_pretrained(tmp_path)
+    source, target = list(range(3, 60)), [[0, *range(40, 70)]]
+    wanted, found = (dense_logits(loaded(tmp_path, int8=int8), [source], target) for int8 in (False, True))
+    assert 0 < (found - wanted).norm() / wanted.norm() < 0.06
 
 
 def test_alignments_are_the_cross_attentions_of_transformers(t5: tuple[Path, nn.Module]) -> None:
