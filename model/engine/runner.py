@@ -185,4 +185,4 @@ def row_of(chunk: Chunk) -> Row:
     """What the sampler wants to know of a chunk that draws."""
     sequence = chunk.sequence
     allowed = sequence.matcher.allowed() if sequence.matcher else None
-    return Row(sequence.request.sampling, sequence.request.prompt_ids, sequence.output_ids, allowed)
+    return Row(sequence.request.sampling, sequence.request.prompt_ids, sequence.output_ids, allowed, sequence.seen)

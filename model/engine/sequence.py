@@ -6,7 +6,8 @@ The scheduler owns and changes it; everyone else reads. It knows no queue and no
 from dataclasses import dataclass, field
 
 from model.grammar import Matcher
-from model.request import Finish, FinishReason, Request
+from model.request import Finish, FinishReason, Request, SamplingParams
+from model.sampling.seen import Seen
 
 HOLE = -1
 
@@ -40,12 +41,14 @@ class Sequence:
     # Of the request; not properties, since the scheduler asks for them many times in each step.
     id: str = field(init=False)
     num_prompt: int = field(init=False)
+    seen: Seen | None = field(init=False)  # for penalties; None: there are none, or beams change the output
     num_source: int = field(init=False)  # tokens that its first chunk costs beside its own, in each slot anew
     draws: bool = field(init=False)
     shares: bool = field(init=False)  # its beginning may be found, rather than computed: not all rows are looked at
 
     def __post_init__(self) -> None:
         self.id, self.num_prompt = self.request.id, len(self.request.prompt_ids)
+        self.seen = Seen(self.request.prompt_ids) if _counts_ids(self.request.sampling) else None
         self.num_source = len(self.request.source_ids)
         self.draws = self.request.task == "generate"
         self.shares = not self.is_whole and (self.draws or self.request.pooling in ("", "last"))
@@ -107,3 +110,8 @@ class Sequence:
         return self.num_pending > 0 and (
             length >= self.request.sampling.max_tokens or self.num_total >= self.max_model_len
         )
+
+
+def _counts_ids(params: SamplingParams) -> bool:
+    penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+    return penalised and params.beam_width == 1

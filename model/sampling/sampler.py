@@ -8,18 +8,21 @@ A row's result depends on no other row: every operation is either exact whatever
 element) or a kernel that handles a row by itself. It must know no cache, network or scheduler.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.request import SamplingParams, TokenLogprob
 from model.sampling.draw import draw, leaders, take
 from model.sampling.random import uniform
+from model.sampling.seen import Seen
 
 _MASK_OF_BYTE = torch.tensor([[0.0 if byte >> bit & 1 else -torch.inf for bit in range(8)] for byte in range(256)])
+Edit = tuple[NDArray[np.int64], NDArray[np.float64]]  # of a row: ids, and a number for each
 _MIN_LEADERS = 64  # more than any request may ask for, so that equal logits rank the same whoever else is asking
 
 
@@ -27,13 +30,15 @@ _MIN_LEADERS = 64  # more than any request may ask for, so that equal logits ran
 class Row:
     """What is known of one sequence at this step. The id drawn for it has output position `len(output_ids)`.
 
-    `allowed` has a bit for each id, the lowest first; None allows them all.
+    `allowed` has a bit for each id, the lowest first; None allows them all. `seen` is kept from step to step, so that a
+    penalty costs as much in a long text as in a short one; without it all ids are looked at again.
     """
 
     params: SamplingParams
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     allowed: bytes | None = None
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,32 +112,43 @@ def _masks(allowed: Sequence[bytes], like: Tensor) -> Tensor:
     return _MASK_OF_BYTE.to(like.device)[packed.to(like.device).int()].flatten(1)[:, : like.shape[-1]]
 
 
-def _repetition(row: Row) -> dict[int, float]:
+def _seen(row: Row) -> Seen:
+    return (row.seen or Seen(row.prompt_ids)).update(row.output_ids)
+
+
+def _repetition(row: Row) -> Edit | None:
     penalty = row.params.repetition_penalty
-    return {} if penalty == 1 else dict.fromkeys((*row.prompt_ids, *row.output_ids), penalty)
+    if penalty == 1:
+        return None
+    ids = np.array(_seen(row).ids, dtype=np.int64)
+    return ids, np.full(len(ids), penalty)
 
 
-def _shifts(row: Row) -> dict[int, float]:
+def _shifts(row: Row) -> Edit | None:
     p, shifts = row.params, dict(row.params.logit_bias)
     if p.presence_penalty or p.frequency_penalty:
-        for token_id, count in Counter(row.output_ids).items():
+        for token_id, count in _seen(row).counts.items():
             shifts[token_id] = shifts.get(token_id, 0.0) - p.presence_penalty - p.frequency_penalty * count
-    return shifts
+    return _edit(shifts.keys(), shifts.values()) if shifts else None
 
 
-def _forbidden(row: Row) -> dict[int, float]:
-    p = row.params
-    return dict.fromkeys(p.stop_token_ids, -torch.inf) if len(row.output_ids) < p.min_tokens else {}
+def _forbidden(row: Row) -> Edit | None:
+    ids = row.params.stop_token_ids
+    return _edit(ids, [-np.inf] * len(ids)) if ids and len(row.output_ids) < row.params.min_tokens else None
 
 
-def _cells(like: Tensor, edits: Sequence[dict[int, float]]) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
-    """One dict of id -> value for each row, as index pair (rows, ids) and values; None if there are no values."""
-    ids = [token_id for edit in edits for token_id in edit]
-    if not ids:
+def _edit(ids: Collection[int], numbers: Collection[float]) -> Edit:
+    return np.fromiter(ids, np.int64, len(ids)), np.fromiter(numbers, np.float64, len(numbers))
+
+
+def _cells(like: Tensor, edits: Sequence[Edit | None]) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
+    """Each row's edit as index pair (rows, ids) and values; None if there are no values."""
+    known = [(row, edit) for row, edit in enumerate(edits) if edit is not None and len(edit[0])]
+    if not known:
         return None
-    rows = torch.arange(len(edits)).repeat_interleave(torch.tensor([len(edit) for edit in edits]))
-    values = torch.tensor([value for edit in edits for value in edit.values()], dtype=like.dtype)
-    return (rows.to(like.device), torch.tensor(ids, device=like.device)), values.to(like.device)
+    rows = np.repeat([row for row, _ in known], [len(edit[0]) for _, edit in known])
+    ids, values = (torch.from_numpy(np.concatenate([edit[i] for _, edit in known])) for i in (0, 1))
+    return (torch.from_numpy(rows).to(like.device), ids.to(like.device)), values.to(like.device, like.dtype)
 
 
 def _logprobs(

@@ -15,6 +15,7 @@ from model.request import SamplingParams
 from model.sampling.draw import _draw_ranked, choose, draw, leaders, whole_weights
 from model.sampling.random import philox, uniform
 from model.sampling.sampler import Drawn, Row, edit, sample
+from model.sampling.seen import Seen
 
 VOCAB = 24
 ALMOST_ONE = 1 - 2.0**-53
@@ -288,3 +289,14 @@ def test_ranking_all_is_a_stable_sort() -> None:
     values, ids = leaders(scores, 700)
     wanted_values, wanted_ids = scores.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(values, wanted_values) and torch.equal(ids, wanted_ids)
+
+
+def test_what_is_kept_of_a_text_gives_the_scores_of_looking_at_all_of_it_again() -> None:
+    params = SamplingParams(repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=0.1, logit_bias=((7, 2.0),))
+    prompt, outputs, seen = (5, 9, 5), list[int](), Seen((5, 9, 5))
+    for step in range(40):
+        raw = torch.randn(1, 50, generator=torch.Generator().manual_seed(step))
+        if step % 3:  # a row need not be drawn at every step
+            kept, anew = (edit(raw, [Row(params, prompt, outputs, seen=each)]) for each in (seen, None))
+            assert torch.equal(kept, anew) and not torch.equal(kept, raw)
+        outputs.append(step * step % 11)
