@@ -35,7 +35,7 @@ def encode_request(request: Request) -> bytes:
     for name, usual in LATER.items():
         if body[name] == usual:
             del body[name]  # a program that does not know it reads what does not need it
-    if request.sampling.beam_width == 1:
+    if (request.sampling.beam_width, request.sampling.length_penalty) == (1, 1.0):
         sampling = _as_map(request.sampling)
         del sampling["beam_width"], sampling["length_penalty"]
         body["sampling"] = sampling

@@ -47,6 +47,11 @@ def test_a_request_comes_back_as_it_was(request_: Request) -> None:
     assert decode_request(encode_request(request_)) == request_
 
 
+def test_a_length_penalty_without_beams_comes_back_too() -> None:
+    request = Request("a", (1,), SamplingParams(length_penalty=0.5))
+    assert decode_request(encode_request(request)) == request
+
+
 @given(every_field_of(Delta, strategies()))
 def test_a_delta_becomes_an_entry_with_all_it_said(delta: Delta) -> None:
     entry = decode_entry(encode_entry(delta))
