@@ -187,8 +187,9 @@ template <class P> struct Forward {
             else high = middle - 1;
         }
         const Chunk& chunk = step.chunks[low];
-        int kv = (task - c.first_task[low]) % net.num_kv_heads, piece = (task - c.first_task[low]) / net.num_kv_heads;
         int shared = net.num_heads / net.num_kv_heads, d = net.head_dim, each = rows_per_task(net);
+        int pieces = (chunk.num_rows + each - 1) / each;  // of one kv head in turn: they read the same keys and values
+        int kv = (task - c.first_task[low]) / pieces, piece = (task - c.first_task[low]) % pieces;
         int begin = piece * each, end = begin + each < chunk.num_rows ? begin + each : chunk.num_rows;
         int64_t head = int64_t(kv) * net.num_blocks * net.block_size * d;
         Cache<T> cache{(T*)layer.keys + head, (T*)layer.values + head, step.tables + chunk.table, net.block_size, d};
