@@ -4,6 +4,7 @@ Plain data: no torch, no reading of files. A switch is here only because two rel
 translation from a checkpoint's own words is done in `families/`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,6 +122,15 @@ class ModelConfig:
         return combine(kind.needs() for kind in self.attention) if self.attention else CacheNeeds()
 
     @property
+    def attention_half(self) -> float:
+        """The position at which a token's attention takes as many operations as all of its products with weights, the
+        head left out; infinite where no layer looks back to the beginning."""
+        num_full = sum(self.kind(i).is_full and self.window(i) is None for i in range(self.num_layers))
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        weights = self.hidden_size * (2 * heads + 2 * kv_heads + (3 if self.gated_mlp else 2) * self.intermediate_size)
+        return self.num_layers * weights / (2 * heads * num_full) if num_full else math.inf
+
+    @property
     def searches(self) -> bool:
         """Whether several beginnings of one answer can share what they have in common, which beams do."""
         return not self.attention
@@ -160,6 +170,7 @@ class EngineConfig:
     quantize: str = "none"  # or "int8": weights of linear layers, one byte each
     deterministic: bool = False  # in 16 bits and on a GPU: slower products whose rows don't depend on the batch
     needs: CacheNeeds = CacheNeeds()  # which of a sequence's tokens stay in blocks: the network's own
+    attention_half: float = math.inf  # also the network's own: see `ModelConfig`
 
     @property
     def number_format(self) -> str:

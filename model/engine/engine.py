@@ -245,9 +245,11 @@ class Engine:
         """What a step brought. It has taken since it was started, or since the one before it was done."""
         done = self.runner.collect(step.flight)
         now_s = time.perf_counter()
-        num_single = sum(chunk.num_tokens == 1 for chunk in step.plan.chunks)
+        read = [(chunk.start, chunk.num_tokens) for chunk in step.plan.chunks if chunk.num_tokens > 1]
+        num_single = len(step.plan.chunks) - len(read)
+        positions = sum((start + num // 2) * num for start, num in read)
         seconds = now_s - max(step.started_s, self._collected_s)
-        self.scheduler.pace.told(num_single, step.plan.num_tokens - num_single, seconds)
+        self.scheduler.pace.told(num_single, step.plan.num_tokens - num_single, seconds, positions)
         self._collected_s = now_s
         return done
 

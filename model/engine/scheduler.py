@@ -92,7 +92,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # always in order of rank
         self._ended: list[Outcome] = []  # ended by `add`, told by the next `commit`
         self._advanced: StepPlan | None = None
-        self.pace = Pace(config.max_batch_tokens)
+        self.pace = Pace(config.max_batch_tokens, config.attention_half)
         self._budget = config.max_batch_tokens  # of the last step
 
     @property
@@ -178,7 +178,8 @@ class Scheduler:
         is_read = False  # something longer than a token is in the plan
         size, num_reading = self._config.block_size, len(line) - num_set_aside
         num_reading += min(len(self._waiting), self._num_seats - len(self._running))
-        self._budget = num_left = self.pace.budget(num_set_aside, num_reading)
+        position = next((each.num_computed for each, cost in line if cost > 1), 0) if num_reading else 0
+        self._budget = num_left = self.pace.budget(num_set_aside, num_reading, position)
         while line:
             sequence, cost = line.popleft()
             if cost == 0:

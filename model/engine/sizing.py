@@ -88,11 +88,11 @@ def size_engine(
 
 
 def with_needs(engine: EngineConfig, config: ModelConfig) -> EngineConfig:
-    """The engine's configuration for this network: which tokens stay in blocks, and no sharing of what can't be."""
+    """The engine's configuration for this network: which tokens stay in blocks, no sharing of what can't be, and what
+    a long context costs."""
     needs = config.cache_needs
-    return replace(
-        engine, needs=needs, prefix_cache=engine.prefix_cache and needs.is_shareable and config.shares_prefixes
-    )
+    shares = engine.prefix_cache and needs.is_shareable and config.shares_prefixes
+    return replace(engine, needs=needs, prefix_cache=shares, attention_half=config.attention_half)
 
 
 def peak_bytes(config: ModelConfig, engine: EngineConfig) -> int:
