@@ -119,7 +119,7 @@ def test_how_a_step_is_filled_does_not_show_in_the_tokens(make_engine: MakeEngin
 
 def test_it_is_told_where_in_its_text_a_prompt_is(make_engine: MakeEngine) -> None:
     engine, told = make_engine(max_batch_tokens=32), list[tuple[int, int]]()
-    engine.scheduler.pace.told = lambda decoding, read, seconds, positions: told.append((read, positions))  # type: ignore[method-assign]
+    engine.scheduler.pace.told = lambda *step: told.append((step[1], step[3]))  # type: ignore[method-assign]
     engine.add(Request("long", tuple(range(5, 85)), SamplingParams(max_tokens=2)))
     while engine.has_work():
         engine.step()

@@ -189,7 +189,7 @@ def test_a_cancelled_text_leaves_nothing_behind(make_engine: MakeEngine) -> None
 class Slow(Pace):
     """Leaves little to those who read."""
 
-    def budget(self, num_decoding: int, num_reading: int) -> int:
+    def budget(self, num_decoding: int, num_reading: int, position: int = 0) -> int:
         return 10
 
 
