@@ -29,9 +29,9 @@ from model.sampling.sampler import sample
 class NativeRunner:
     """One network on this machine's processor. Not thread-safe: the engine's thread is the only caller.
 
-    The store's blocks are the core's own affair: a block's keys lie [head_dim, block_size] in it. With `drop` the
-    decoder gives up its matrices, so that they are in memory once. As many threads compute as torch has been told to
-    use.
+    The store's blocks are the core's own affair: a block's keys lie [head_dim, block_size] in it, in bfloat16 in pairs.
+    With `drop` the decoder gives up its matrices, so that they are in memory once. As many threads compute as torch has
+    been told to use.
     """
 
     def __init__(

@@ -58,7 +58,8 @@ def build(folder: Path = HERE) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for target in targets():
         new = folder / (file_name(target) + ".new")
-        command = [compiler, *FLAGS, *TARGETS[target], str(HERE / "step.cpp"), "-o", str(new)]
+        sources = map(str, sorted(HERE.glob("*.cpp")))
+        command = [compiler, *FLAGS, *TARGETS[target], *sources, "-o", str(new)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-2000:]}")

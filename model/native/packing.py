@@ -32,7 +32,8 @@ def why_not(config: ModelConfig, dtype: torch.dtype, block_size: int) -> str | N
         return f"its blocks have a multiple of 16 tokens, not {block_size}"
     if config.encoder_layers:
         return "it computes decoders without an encoder"
-    return "rotary positions need heads of even size" if config.position == "rope" and config.head_dim % 2 else None
+    needs_pairs = config.position == "rope" or dtype == torch.bfloat16
+    return "rotary positions and bfloat16 need heads of even size" if needs_pairs and config.head_dim % 2 else None
 
 
 class Packed:

@@ -4,19 +4,11 @@
 // the weights are; `prepare` turns rows into what a matrix is multiplied with.
 #include <cstdlib>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-#include "attention.h"
 #include "core.h"
 #include "linear.h"
 #include "rows.h"
 #include "team.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace {
@@ -168,15 +160,26 @@ template <class P> struct Forward {
     template <class T> void enter(const Layer& layer, const Chunk& chunk, int row, int kv) const {
         int d = net.head_dim, size = net.block_size, shared = net.num_heads / net.num_kv_heads;
         int position = chunk.start + row - chunk.first_row;
+        constexpr int PAIR = Cache<T>::PAIR;
         float* qkv = c.qkv + row * c.qkv_width;
         float scale = 1.0f / std::sqrt(float(d));
-        for (int i = 0; i < shared; ++i) finish_head(qkv + (kv * shared + i) * d, layer.q_norm, position, scale);
+        for (int i = 0; i < shared; ++i) {
+            float* query = qkv + (kv * shared + i) * d;
+            finish_head(query, layer.q_norm, position, scale);
+            int done = 0;
+            for (; PAIR == 2 && done + WIDTH <= d; done += WIDTH) store(query + done, rounded(load(query + done)));
+            for (; PAIR == 2 && done < d; ++done) query[done] = widen(narrow(query[done]));
+        }
         float *k = qkv + (net.num_heads + kv) * d, *v = qkv + (net.num_heads + net.num_kv_heads + kv) * d;
         finish_head(k, layer.k_norm, position, 1.0f);
         int64_t block = int64_t(kv) * net.num_blocks + step.tables[chunk.table + position / size];
-        T* keys = (T*)layer.keys + block * size * d + position % size;
-        T* values = (T*)layer.values + (block * size + position % size) * d;
-        for (int i = 0; i < d; ++i) put(keys + i * size, k[i]), put(values + i, v[i]);
+        int at = position % size;
+        T* keys = (T*)layer.keys + block * size * d + at * PAIR;
+        T* values = (T*)layer.values + (block * size + at / PAIR * PAIR) * d + at % PAIR;
+        for (int i = 0; i < d; ++i) {
+            put(keys + i / PAIR * PAIR * size + i % PAIR, k[i]);
+            put(values + i * PAIR, v[i]);
+        }
     }
 
     template <class T> void attend_some(const Layer& layer, int task) const {
@@ -344,34 +347,7 @@ template <class P> struct Forward {
 
 }  // namespace
 
-#if defined(__x86_64__)
-// Whether there is AMX, and the kernel lets this process have the state that it needs.
-static bool has_matrix_unit() {
-    unsigned a, b, c, d = 0;
-    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, INT8_TILES = 1u << 25, ALL = BF16 | TILE | INT8_TILES;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & ALL) != ALL) return false;
-#if defined(__linux__)
-    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#else
-    return false;
-#endif
-}
-#endif
-
 extern "C" {
-
-int millrace_level() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-        __builtin_cpu_supports("avx512bf16"))
-        return has_matrix_unit() ? 3 : 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-    return 0;
-}
 
 void* millrace_open(const Network* network, int num_threads) { return new Core(*network, num_threads); }
 

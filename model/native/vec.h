@@ -62,13 +62,21 @@ static inline uint16_t narrow(float x) {  // to the nearest bfloat16, to even; a
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+static inline vec rounded(vec x) {  // to the nearest bfloat16, to even; a NaN stays one
+    uvec bits = (uvec)x;
+    return x == x ? (vec)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u) : x;
+}
+static inline void store_halves(uint16_t* p, vec x) {  // of numbers that are bfloat16 already
+    hvec h = __builtin_convertvector((uvec)x >> 16, hvec);
+    std::memcpy(p, &h, sizeof h);
+}
 
 // e**x: 2**n times a polynomial on [-ln 2 / 2, ln 2 / 2] (the coefficients are those of the Cephes library's expf);
 // 0 below -87, where minus infinity belongs. NaN gives NaN.
 static inline vec exponential(vec x) {
-    vec low = x - x + -87.0f;
-    vec in = x < -87.0f ? low : x;
-    in = in > 88.0f ? x - x + 88.0f : in;
+    vec lowest = vec{} - 87.0f, highest = vec{} + 88.0f;
+    vec in = x < lowest ? lowest : x;
+    in = in > highest ? highest : in;
     vec shifted = in * 1.44269504088896341f + 12582912.0f;  // the sum's lowest bits are n
     vec n = shifted - 12582912.0f;
     vec r = in - n * 0.693359375f;

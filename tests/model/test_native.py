@@ -36,12 +36,13 @@ FAMILIES: dict[str, dict[str, object]] = {
     "mistral": {"windows": (20, 20), "num_heads": 8},
     "qwen2": {"qkv_bias": True, "windows": (None, 33)},
     "qwen3": {"qk_norm": True, "head_dim": 16},
-    "gpt2": {"norm": "layernorm", "position": "learned", "gated_mlp": False, "activation": "gelu_tanh", "head_dim": 7,
-             "num_kv_heads": 4, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
-    "sinusoidal": {"position": "sinusoidal", "gated_mlp": False, "activation": "relu"},
+    "gpt2": {"norm": "layernorm", "position": "learned", "gated_mlp": False, "activation": "gelu_tanh",
+             "head_dim": 14, "num_kv_heads": 4, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    "sinusoidal": {"position": "sinusoidal", "gated_mlp": False, "activation": "relu", "head_dim": 7},
     "odd": {"hidden_size": 70, "num_heads": 9, "num_kv_heads": 3, "head_dim": 34, "intermediate_size": 101,
             "vocab_size": 259, "activation": "gelu"},
     "wide": {"num_heads": 22, "num_kv_heads": 2, "head_dim": 80},
+    "middling": {"num_heads": 6, "num_kv_heads": 6, "head_dim": 48, "windows": (None, 50)},
 }  # fmt: skip
 Load = Callable[[str | None], ctypes.CDLL]
 
@@ -124,7 +125,10 @@ def test_logits_are_those_of_the_plain_network(load: Load, name: str, target: st
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
     ("name", "target"),
-    [*((name, None) for name in ("llama", "mistral", "gpt2", "wide")), *(("llama", each) for each in build.targets())],
+    [
+        *((name, None) for name in ("llama", "mistral", "gpt2", "odd", "qwen3", "wide", "middling")),
+        *(("llama", each) for each in build.targets()),
+    ],
 )
 def test_a_row_depends_on_no_other_to_the_bit(load: Load, name: str, target: str | None, precision: str) -> None:
     decoder = random_decoder(replace(TINY, **FAMILIES[name]))  # type: ignore[arg-type]
