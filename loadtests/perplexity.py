@@ -4,8 +4,9 @@
 
 The text is cut into windows that do not overlap; each begins without a past, with the mark that begins a text where the
 model has one. Every format computes every window before the next one's turn, and then decodes in turn, so that a noisy
-machine disturbs all alike. A format's differences are to the first one. The figures are of the PyTorch forward pass,
-in windows, and of the engine, decoding; perplexities per token compare only models of one tokenizer, bits per byte any.
+machine disturbs all alike. A format's differences are to the first one. Windows are computed by the PyTorch forward
+pass, streams decoded by the engine that would serve them. Perplexities per token compare only models of one tokenizer,
+bits per byte any.
 
 The default text is the beginning of "The Cuckoo Clock" (Mrs. Molesworth, 1877; in the public domain), which the bundled
 model has not been trained on.
@@ -16,6 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,14 +45,15 @@ class Candidate:
         dtype, _, quantize = name.partition("-")
         self.name, self.nats, self.seconds = name, 0.0, 0.0
         self.rates: dict[int, list[float]] = {num: [] for num in args.streams}
-        self.engine = Engine.load(
+        load = partial(
+            Engine.load,
             args.model,
             device=args.device,
             dtype=dtype,
             quantize=quantize or "none",
             cache_gib=args.cache_gib,
-            native=False,  # which would take the weights for itself
         )
+        self.engine, self.served = load(native=False), load()  # the native core takes the weights for itself
 
     @torch.inference_mode()
     def score(self, ids: Tensor) -> None:
@@ -72,9 +75,9 @@ class Candidate:
         prompt = tuple(ids[:32].tolist())
         began_s = time.perf_counter()
         for i in range(num_streams):
-            self.engine.add(Request(f"d{i}", prompt, params))
-        while self.engine.has_work():
-            self.engine.step()
+            self.served.add(Request(f"d{i}", prompt, params))
+        while self.served.has_work():
+            self.served.step()
         self.rates[num_streams].append(num_streams * DECODED / (time.perf_counter() - began_s))
 
 

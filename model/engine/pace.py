@@ -1,9 +1,9 @@
 """How many tokens of prompts go into a step beside those who decode, judged by how long steps have taken.
 
-A prompt's tokens lengthen the step for everyone in it. Each sequence that reads its prompt is worth as much time as one
-that decodes, and all that read together at least as much as all that decode: a prompt that arrives among many makes
-their steps almost twice as long, many that arrive among few are not held up by these. It knows no sequences and no
-clock, and changes what is computed together, never what comes out.
+A prompt's tokens lengthen the step for everyone in it. All that read together are worth almost as much time as all that
+decode: a prompt that arrives among many makes their steps almost twice as long. Where more than a few read, they are
+worth more in proportion: a burst that was read slowly would leave the steps until then half empty, and everyone late.
+It knows no sequences and no clock, and changes what is computed together, never what comes out.
 """
 
 import math
@@ -12,6 +12,7 @@ from statistics import median
 
 LEAST = 16  # tokens of prompts in a step, however slow: everyone gets on
 ENOUGH = 128  # where steps get long by reading at all, so much for it at most
+BURST = 4.0  # each that reads beside a first one is worth the time of so many that decode
 SHARE = 0.7  # of the time of those who decode, for those who read: what is predicted is not always what comes
 KEEP = 0.9  # weight of a measurement, against that of the next one
 MOST_JUMP = 3.0  # an outlier counts as so many times what was expected, at most
@@ -58,7 +59,7 @@ class Pace:
         decode_s, (fixed_s, token_s) = self._decode_s(num_decoding), self._reading()
         if not decode_s or not token_s:
             return self._most
-        room_s = SHARE * max(1.0, num_reading / num_decoding) * decode_s - fixed_s
+        room_s = SHARE * max(1.0, BURST * (num_reading - 1) / num_decoding) * decode_s - fixed_s
         # Where reading takes too long in any case, as much is read as takes as long again: in smaller pieces it would
         # only take more steps, and these hardly less time.
         work = room_s / token_s if room_s > 0 else min(ENOUGH, fixed_s / token_s)

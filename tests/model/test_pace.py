@@ -92,6 +92,11 @@ def test_many_that_read_are_not_held_up_by_a_few_that_decode() -> None:
     assert pace.budget(1, 40) == pace.budget(0, 3) == pace.budget(16, 0) == 512
 
 
+def test_a_burst_is_read_before_the_steps_run_half_empty() -> None:
+    few, many = (max(Machine().reads(num)[1][10:]) for num in (1, 16))
+    assert many > 3 * few
+
+
 def test_nothing_is_held_back_on_a_guess_and_everyone_gets_on() -> None:
     assert Pace(512).budget(16, 1) == 512
     read = Machine(token_s=1.0).reads(1)[1]
