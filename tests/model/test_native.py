@@ -42,6 +42,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "odd": {"hidden_size": 70, "num_heads": 9, "num_kv_heads": 3, "head_dim": 34, "intermediate_size": 101,
             "vocab_size": 259, "activation": "gelu"},
     "wide": {"num_heads": 22, "num_kv_heads": 2, "head_dim": 80},
+    "broad": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 144},
     "middling": {"num_heads": 6, "num_kv_heads": 6, "head_dim": 48, "windows": (None, 50)},
 }  # fmt: skip
 Load = Callable[[str | None], ctypes.CDLL]
@@ -126,7 +127,7 @@ def test_logits_are_those_of_the_plain_network(load: Load, name: str, target: st
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        *((name, None) for name in ("llama", "mistral", "gpt2", "odd", "qwen3", "wide", "middling")),
+        *((name, None) for name in ("llama", "mistral", "gpt2", "odd", "qwen3", "wide", "broad", "middling")),
         *(("llama", each) for each in build.targets()),
     ],
 )
