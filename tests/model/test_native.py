@@ -164,6 +164,18 @@ def make_native(byte_tokenizer: Tokenizer, load: Load) -> MakeEngine:
     return make
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["llama", "odd", "qwen3", "wide", "broad", "middling"])
+def test_a_prompt_in_single_steps_gives_the_bits_of_one_in_pieces(load: Load, name: str, precision: str) -> None:
+    """A single row is added with vectors where several go through the matrix unit: in the same order, then."""
+    decoder = random_decoder(replace(TINY, **FAMILIES[name]))  # type: ignore[arg-type]
+    dtype = "float32" if precision == "float32" else "bfloat16"
+    pieces, single = (Steps(native(decoder, load(None), int8=precision == "int8", dtype=dtype)) for _ in range(2))
+    expected = [pieces.step({"a": PROMPT[at : at + 31]})["a"] for at in range(0, 124, 31)]
+    found = [single.step({"a": [token_id]})["a"] for token_id in PROMPT]
+    assert all(torch.equal(found[at], row) for at, row in zip(range(30, 124, 31), expected, strict=True))
+
+
 @pytest.mark.parametrize("changes", [{}, {"max_batch_tokens": 17}, {"num_blocks": 8}, {"block_size": 32}])
 def test_the_same_tokens_as_the_plain_engine(
     make_native: MakeEngine, make_engine: MakeEngine, changes: dict[str, int]
