@@ -33,6 +33,7 @@ from service.settings import BUNDLED, Settings, shown_url
 
 LOOK_S = 1.0  # between two looks at who works
 SILENT_S = 3.0  # without an answer to a look: Redis is away
+HICCUP_S = 0.5  # a connection lost for less refuses nobody: the call is sent again on the next
 LAST_WORDS_S = 2.0  # for what the worker wrote last to be read, once it has ended
 OPEN_S = 0.05  # between two looks at what is still open, in a drain
 
@@ -200,9 +201,9 @@ class Api:
         """A new request is taken once there was a worker, for the queue outlives workers."""
         if self._answered_s is None:
             return NO_WORKER  # workers bring the functions of the queue, so it may have none yet
-        silent_s = time.monotonic() - self._answered_s
-        if self._link.away_s() > 0 or silent_s > SILENT_S:
-            return f"the queue can't be reached: Redis has not answered for {silent_s:.0f} s"
+        silent_s, away_s = time.monotonic() - self._answered_s, self._link.away_s()
+        if away_s > HICCUP_S or silent_s > SILENT_S:
+            return f"the queue can't be reached: Redis has not answered for {max(silent_s, away_s):.1f} s"
         return self._lookout.complaint if self._lookout.chosen is None else None
 
     def _why_not(self) -> str | None:

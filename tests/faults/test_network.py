@@ -1,5 +1,6 @@
 """What lies between the processes and Redis is slow, cuts them off, and swallows answers to what was done."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -89,6 +90,19 @@ async def test_what_an_api_did_was_done_but_its_reply_is_lost(network: Network, 
         await load.all_exact(network.house.oracle)
     assert network.before_apis.num_dropped == before + 2
     assert num_known(network.house.redis) == 8
+
+
+async def test_a_hiccup_of_the_connection_refuses_nobody(network: Network) -> None:
+    """The first to come loses its connection on the way; those behind it find none, and wait until there is one."""
+    network.before_apis.refuse(True)
+    network.before_apis.reset()
+    async with network.load(1, 60) as first:
+        await asyncio.sleep(0.1)
+        async with network.load(8, 60) as load:
+            await asyncio.sleep(0.1)
+            network.before_apis.refuse(False)
+            await load.all_exact(network.house.oracle)
+        await first.all_exact(network.house.oracle)
 
 
 async def test_workers_in_a_black_hole_for_longer_than_their_leases(network: Network) -> None:
