@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
+from string import Formatter
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -29,7 +30,8 @@ MAX_CHAT_CHARS = 8_000_000  # of rendered text, and of any value on the way to i
 MAX_CHAT_S = 1.0
 MAX_GROWTH = 2**28  # of one value made of several: the product of their sizes
 MAX_BITS, MAX_POWER = 1024, 64  # of an integer
-WIDE = re.compile(r"[0-9]{4}|%[^a-z%]*\*")  # a width, or one that is given beside
+WIDE = re.compile(r"%(\([^)]*\))?[^a-zA-Z%]*([0-9]{4}|\*)")  # a width behind a percent sign, or one given beside
+WIDE_FIELD = re.compile(r"[0-9]{4}|\{")  # the same behind a field's colon
 
 _until_s = ContextVar("until_s", default=math.inf)  # monotonic seconds; of the rendering in this thread or task
 
@@ -110,8 +112,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(callee, "__self__", None)
         if isinstance(owner, str):
             _weigh(owner, *args, *kwargs.values())
-            _check_form(owner if getattr(callee, "__name__", "") in ("format", "format_map") else "")
         return super().call(context, callee, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`str.format`, whose sandboxed form no longer knows what text it is of."""
+        wrapped = super().wrap_str_format(value)
+        fields = [] if wrapped is None else Formatter().parse(value.__self__)
+        if any(WIDE_FIELD.search(form or "") for _, _, form, _ in fields):
+            raise TemplateError("a format may not be that wide")
+        return wrapped
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """The operators that make much of little."""
@@ -155,7 +164,7 @@ def _weighed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_form(form: str) -> None:
-    """Of a number or text that is put into another: it may name a width."""
+    """What stands left of a `%`: it may name a width."""
     if WIDE.search(form):
         raise TemplateError("a format may not be that wide")
 

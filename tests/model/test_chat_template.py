@@ -2,10 +2,11 @@
 else."""
 
 import time
+import tracemalloc
 
 import pytest
 
-from model.chat_template import MAX_CHAT_S, ChatTemplateError, ChatTemplates
+from model.chat_template import MAX_CHAT_CHARS, MAX_CHAT_S, ChatTemplateError, ChatTemplates
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 DOUBLED = "{{% set n = namespace(x={}) %}}{{% for i in range(60) %}}{{% set n.x = {} %}}{{% endfor %}}{{{{ n.x }}}}"
@@ -70,6 +71,9 @@ def test_what_would_never_end_is_ended(source: str) -> None:
         "{{ '%1000000000d' | format(1) }}",
         "{{ '{:>1000000000}'.format(1) }}",
         "{{ '{:>{}}'.format(1, 1000000000) }}",
+        "{{ '{0:>{1[w]}}'.format(1, {'w': 1000000000}) }}",
+        "{{ '{x:>1000000000}'.format_map({'x': 1}) }}",
+        "{{ '%(x)1000000000d' % {'x': 1} }}",
         "{{ 'a'.center(1000000000) }}",
         "{{ 'a' | center(1000000000) }}",
         "{{ 'a\n' * 1000 | indent(100000000) }}",
@@ -83,9 +87,26 @@ def test_what_would_never_end_is_ended(source: str) -> None:
 )
 def test_what_would_fill_the_memory_is_refused(source: str) -> None:
     begun_s = time.thread_time()
-    with pytest.raises(ChatTemplateError):
-        render(source)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ChatTemplateError):
+            render(source)
+        assert tracemalloc.get_traced_memory()[1] < 16 * MAX_CHAT_CHARS, "it was made before it was refused"
+    finally:
+        tracemalloc.stop()
     assert time.thread_time() - begun_s < 3 * MAX_CHAT_S
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'In {:>6} of 2026'.format(1) }}",
+        "{{ 'In %6d of 2026' % 1 }}",
+        "{{ 'In {x:6} of 2026'.format_map({'x': 1}) }}",
+    ],
+)
+def test_what_a_format_says_beside_its_widths_is_its_own_affair(source: str) -> None:
+    assert render(source) == "In      1 of 2026"
 
 
 @pytest.mark.parametrize(
