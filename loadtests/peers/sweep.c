@@ -2,9 +2,9 @@
  *
  * Each thread reads its own share of one buffer, far beyond any cache, and adds it up in eight independent sums, so that
  * loads and not additions are what it waits for; they are asked for some way ahead, which brought a fifth more on the
- * machine it was written on. The buffer is in huge pages where the system gives them. A sweep lasts
- * from the first thread's start, after a barrier, to the last one's end, by their own clocks: a thread that is kept from
- * running makes it longer, never shorter.
+ * machine it was written on, and at two places in turn, which brought a tenth. The buffer is in huge pages where the
+ * system gives them. A sweep lasts from the first thread's start, after a barrier, to the last one's end, by their own
+ * clocks: a thread that is kept from running makes it longer, never shorter.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -15,6 +15,8 @@
 #include <time.h>
 
 #define AHEAD 1024 /* bytes; 4,096 brought next to nothing */
+#define PLACES 2   /* four brought no more */
+#define AT_ONCE (8 / PLACES)
 typedef uint64_t lanes __attribute__((vector_size(64)));
 
 static pthread_barrier_t gate;
@@ -36,10 +38,12 @@ static void *reader(void *argument) {
     for (int sweep = 0; sweep < num_sweeps; sweep++) {
         pthread_barrier_wait(&gate);
         clock[2 * sweep] = now();
-        for (size_t i = 0; i < share; i += 8) {
-            for (int k = 0; k < 8; k++) __builtin_prefetch((const char *)(start + i + k) + AHEAD);
-            for (int k = 0; k < 8; k++) sum[k] += start[i + k];
-        }
+        for (size_t i = 0; i < share / PLACES; i += AT_ONCE)
+            for (int place = 0; place < PLACES; place++) {
+                const lanes *at = start + share / PLACES * place + i;
+                for (int k = 0; k < AT_ONCE; k++) __builtin_prefetch((const char *)(at + k) + AHEAD);
+                for (int k = 0; k < AT_ONCE; k++) sum[place * AT_ONCE + k] += at[k];
+            }
         __asm__ volatile("" : : "r"(sum) : "memory"); /* read before the clock is */
         clock[2 * sweep + 1] = now();
     }

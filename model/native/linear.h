@@ -16,7 +16,12 @@ constexpr int MOST_ROWS = 32;  // two tiles' worth
 #else
 constexpr int MOST_ROWS = VECTOR_ROWS;
 #endif
-constexpr int SPARE_BYTES = 4096;  // beyond the last panel, which a kernel may look at and multiplies by 0
+constexpr int AHEAD = 1024, TILES_AHEAD = 2048;  // bytes: where memory is asked for before it is needed
+
+// Into the second cache, from which few rows wait long enough for memory to be read; many rows want more of it, nearer.
+template <bool near = false> static inline void ask_for(const char* memory) {
+    __builtin_prefetch(memory, 0, near ? 3 : 2);
+}
 
 // How each precision multiplies: X is what one number of a row is stored as, `GROUP` of them are multiplied at a time.
 struct Float32 {
@@ -93,23 +98,28 @@ struct Int8 {  // rows are stored with 128 added, as the processor's instruction
 #endif
 };
 
-// Sums of R rows for the channels of one panel. `stride`: numbers from one row to the next.
-template <class P, int R>
-static inline void sums_of(const typename P::W* w, const typename P::X* x, int64_t stride, int num_in,
-                           typename P::Sum (&sums)[R][VECS]) {
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < VECS; ++v) sums[r][v] = typename P::Sum{};
-    for (int k = 0; k < num_in; k += P::GROUP, w += PANEL * P::GROUP) {
-        typename P::Weights part[VECS];
-#pragma GCC unroll 16
-        for (int v = 0; v < VECS; ++v) {
-            __builtin_prefetch((const char*)(w + v * WIDTH * P::GROUP) + (R > 2 ? 1024 : 4096));
-            part[v] = P::weights(w + v * WIDTH * P::GROUP);
-        }
-#pragma GCC unroll 8
+// Sums of R rows for the channels of S neighbouring panels. `stride`: numbers from one row to the next.
+template <class P, int R, int S>
+static inline void sums_of(const typename P::W* w, int64_t next, const typename P::X* x, int64_t stride, int num_in,
+                           typename P::Sum (&sums)[S][R][VECS]) {
+    for (int s = 0; s < S; ++s)
         for (int r = 0; r < R; ++r)
+            for (int v = 0; v < VECS; ++v) sums[s][r][v] = typename P::Sum{};
+    for (int k = 0; k < num_in; k += P::GROUP, w += PANEL * P::GROUP) {
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) {
+            typename P::Weights part[VECS];
 #pragma GCC unroll 16
-            for (int v = 0; v < VECS; ++v) P::multiply(sums[r][v], part[v], x + r * stride + k);
+            for (int v = 0; v < VECS; ++v) {
+                const typename P::W* at = w + s * next + v * WIDTH * P::GROUP;
+                ask_for<(R > 2)>((const char*)at + AHEAD);
+                part[v] = P::weights(at);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+                for (int v = 0; v < VECS; ++v) P::multiply(sums[s][r][v], part[v], x + r * stride + k);
+        }
     }
 }
 
@@ -140,12 +150,14 @@ static inline void finish_row(const typename P::Sum (&sums)[VECS], const Linear&
     }
 }
 
-// `out` [R][PANEL]: R rows times one panel. `scales`: of the rows, for int8.
-template <class P, int R>
+// `out` [S][MOST_ROWS][PANEL]: R rows times S panels. `scales`: of the rows, for int8.
+template <class P, int R, int S>
 static void tile(const Linear& m, int panel, const typename P::X* x, int64_t stride, const float* scales, float* out) {
-    typename P::Sum sums[R][VECS];
-    sums_of<P, R>(panel_of<P>(m, panel), x, stride, m.num_in, sums);
-    for (int r = 0; r < R; ++r) finish_row<P>(sums[r], m, panel, scales[r], out + r * PANEL);
+    typename P::Sum sums[S][R][VECS];
+    sums_of<P, R, S>(panel_of<P>(m, panel), panel_of<P>(m, 1) - panel_of<P>(m, 0), x, stride, m.num_in, sums);
+    for (int s = 0; s < S; ++s)
+        for (int r = 0; r < R; ++r)
+            finish_row<P>(sums[s][r], m, panel + s, scales[r], out + (s * MOST_ROWS + r) * PANEL);
 }
 
 #if defined(__AMX_TILE__)
@@ -162,106 +174,119 @@ static inline void shape_tiles(int num) {  // 0 to 5: sums, 6: rows, 7: weights
     _tile_loadconfig(&tiles);
 }
 
-// Tiles are named by literal numbers in the instructions, so this can't be a loop.
-#define DOT_CHANNELS(part, low, high)                                 \
-    _tile_loadd(7, b + part * 64, PANEL * 4);                         \
-    _tile_loadd(6, a, stride);                                        \
-    if constexpr (P::GROUP == 2) { _tile_dpbf16ps(low, 6, 7); }       \
-    else { _tile_dpbusd(low, 6, 7); }                                 \
-    if (both) {                                                       \
-        _tile_loadd(6, a + 16 * stride, stride);                      \
-        if constexpr (P::GROUP == 2) { _tile_dpbf16ps(high, 6, 7); }  \
-        else { _tile_dpbusd(high, 6, 7); }                            \
-    }
-#define STORE(low, high)                                              \
-    _tile_stored(low, sums + low * 16, PANEL * 4);                    \
-    if (both) { _tile_stored(high, sums + 16 * PANEL + low * 16, PANEL * 4); }
+// What the other three sums are for: nothing, a second panel, or 16 more rows.
+enum Others { NONE, PANELS, ROWS };
 
-// At most 16 rows, or 32.
-template <class P>
+// Tiles are named by literal numbers in the instructions, so this can't be a loop. Memory is asked for a little at a
+// time: many requests at once hold up the loads that the unit waits for.
+#define DOT(sum, weights, ahead)                               \
+    _tile_loadd(7, weights, PANEL * 4);                        \
+    if constexpr (P::GROUP == 2) { _tile_dpbf16ps(sum, 6, 7); } \
+    else { _tile_dpbusd(sum, 6, 7); }                          \
+    for (int line = 0; line < LINES; ++line) ask_for<true>(ahead + line * 64);
+
+template <class P, Others others>
 static void matrix_tile(const Linear& m, int panel, const void* x, int64_t stride, const float* scales, int num,
                         float* out) {
-    auto a = (const char*)x, b = (const char*)panel_of<P>(m, panel);
+    constexpr int STEP = 16 * PANEL * 4, LINES = others == ROWS ? STEP / 64 / 6 : STEP / 64 / 3, PART = LINES * 64;
+    auto a = (const char*)x, b = (const char*)panel_of<P>(m, panel), b2 = b;
+    if (others == PANELS) b2 = (const char*)panel_of<P>(m, panel + 1);
     stride *= sizeof(typename P::X);
-    bool both = num == 32;
     shape_tiles(num);  // and makes them 0
-    for (int k = 0; k < m.num_in; k += 16 * P::GROUP, a += 64, b += 16 * PANEL * 4) {
-        DOT_CHANNELS(0, 0, 3)
-        DOT_CHANNELS(1, 1, 4)
-        DOT_CHANNELS(2, 2, 5)
+    for (int k = 0; k < m.num_in; k += 16 * P::GROUP, a += 64, b += STEP, b2 += STEP) {
+        const char *ahead = b + TILES_AHEAD, *ahead2 = others == ROWS ? ahead + 3 * PART : b2 + TILES_AHEAD;
+        _tile_loadd(6, a, stride);
+        DOT(0, b, ahead)
+        DOT(1, b + 64, ahead + PART)
+        DOT(2, b + 128, ahead + 2 * PART)
+        if constexpr (others == NONE) continue;
+        if constexpr (others == ROWS) _tile_loadd(6, a + 16 * stride, stride);
+        DOT(3, b2, ahead2)
+        DOT(4, b2 + 64, ahead2 + PART)
+        DOT(5, b2 + 128, ahead2 + 2 * PART)
     }
-    alignas(64) int32_t sums[32 * PANEL];
-    STORE(0, 3)
-    STORE(1, 4)
-    STORE(2, 5)
-    for (int r = 0; r < num; ++r) {
+    alignas(64) int32_t sums[2][16][PANEL];
+    _tile_stored(0, sums[0][0], PANEL * 4);
+    _tile_stored(1, sums[0][0] + 16, PANEL * 4);
+    _tile_stored(2, sums[0][0] + 32, PANEL * 4);
+    if constexpr (others != NONE) {
+        _tile_stored(3, sums[1][0], PANEL * 4);
+        _tile_stored(4, sums[1][0] + 16, PANEL * 4);
+        _tile_stored(5, sums[1][0] + 32, PANEL * 4);
+    }
+    auto keep = [&](const int32_t* from, int panel, int r, float* to) {
         typename P::Sum row[VECS];
-        std::memcpy(row, sums + r * PANEL, sizeof row);
-        finish_row<P>(row, m, panel, scales[r], out + r * PANEL);
-    }
+        std::memcpy(row, from, sizeof row);
+        finish_row<P>(row, m, panel, scales[r], to + r * PANEL);
+    };
+    for (int r = 0; r < num; ++r) keep(sums[r / 16][r % 16], panel, r, out);
+    for (int r = 0; r < num && others == PANELS; ++r) keep(sums[1][r], panel + 1, r, out + MOST_ROWS * PANEL);
 }
-#undef DOT_CHANNELS
-#undef STORE
-#endif
+#undef DOT
 
-#if defined(__AMX_TILE__)
 // One row in bfloat16, rounded as the matrix unit rounds it: of each 32 inputs the even and the odd ones have sums of
 // their own (Intel's instruction set reference, TDPBF16PS). A single row waits for memory, and this waits less.
+template <int S>
 static void row_as_tile(const Linear& m, int panel, const uint16_t* x, float* out) {
     const uint16_t* w = panel_of<BFloat16>(m, panel);
-    vec sums[VECS] = {};
+    int64_t next = panel_of<BFloat16>(m, 1) - panel_of<BFloat16>(m, 0);
+    vec sums[S][VECS] = {};
     for (int k = 0; k < m.num_in; k += 32) {
-        vec even[VECS] = {}, odd[VECS] = {};
+        vec even[S][VECS] = {}, odd[S][VECS] = {};
         for (int pair = 0; pair < 32; pair += 2, w += 2 * PANEL) {
             float first = widen(x[k + pair]), second = widen(x[k + pair + 1]);
+#pragma GCC unroll 2
+            for (int s = 0; s < S; ++s)
 #pragma GCC unroll 3
-            for (int v = 0; v < VECS; ++v) {
-                __builtin_prefetch((const char*)(w + v * 2 * WIDTH) + 3072);
-                uvec pairs;
-                std::memcpy(&pairs, w + v * 2 * WIDTH, sizeof pairs);
-                even[v] += (vec)(pairs << 16) * first;
-                odd[v] += (vec)(pairs & 0xffff0000u) * second;
-            }
+                for (int v = 0; v < VECS; ++v) {
+                    const uint16_t* at = w + s * next + v * 2 * WIDTH;
+                    ask_for((const char*)at + AHEAD);
+                    uvec pairs;
+                    std::memcpy(&pairs, at, sizeof pairs);
+                    even[s][v] += (vec)(pairs << 16) * first;
+                    odd[s][v] += (vec)(pairs & 0xffff0000u) * second;
+                }
         }
-        for (int v = 0; v < VECS; ++v) sums[v] += even[v] + odd[v];
+        for (int s = 0; s < S; ++s)
+            for (int v = 0; v < VECS; ++v) sums[s][v] += even[s][v] + odd[s][v];
     }
-    finish_row<BFloat16>(sums, m, panel, 1.0f, out);
+    for (int s = 0; s < S; ++s) finish_row<BFloat16>(sums[s], m, panel + s, 1.0f, out + s * MOST_ROWS * PANEL);
 }
 #endif
 
-// The same for any number of rows up to MOST_ROWS.
+// R rows, counted up to `num`: two panels together where the sums of both fit the registers.
+template <class P, int R>
+static void tile(const Linear& m, int panel, int num_panels, const typename P::X* x, int64_t stride,
+                 const float* scales, int num, float* out) {
+    if constexpr (R > 1)
+        if (num < R) return tile<P, R - 1>(m, panel, num_panels, x, stride, scales, num, out);
+    if constexpr (2 * R <= VECTOR_ROWS)
+        if (num_panels == 2) return tile<P, R, 2>(m, panel, x, stride, scales, out);
+    for (int s = 0; s < num_panels; ++s) tile<P, R, 1>(m, panel + s, x, stride, scales, out + s * MOST_ROWS * PANEL);
+}
+
+// `out` [2][MOST_ROWS][PANEL]: any number of rows up to MOST_ROWS times one panel, or two that follow each other: who
+// reads from two places at once reads faster.
 template <class P>
-static void tile(const Linear& m, int panel, const void* rows, int64_t stride, const float* scales, int num,
-                 float* out) {
+static void tile(const Linear& m, int panel, int num_panels, const void* rows, int64_t stride, const float* scales,
+                 int num, float* out) {
     auto x = (const typename P::X*)rows;
 #if defined(__AMX_TILE__)
     // bfloat16 always, since the unit rounds in its own way; int8 is exact either way, and faster so from a few rows on.
     if constexpr (P::GROUP == 2)
-        if (num == 1) return row_as_tile(m, panel, x, out);
-    if (P::GROUP == 2 || (P::GROUP == 4 && num >= 4)) {
-        int first = num < 32 && num > 16 ? 16 : num;
-        matrix_tile<P>(m, panel, x, stride, scales, first, out);
-        if (first < num)
-            matrix_tile<P>(m, panel, x + first * stride, stride, scales + first, num - first, out + first * PANEL);
-        return;
-    }
+        if (num == 1) return num_panels == 2 ? row_as_tile<2>(m, panel, x, out) : row_as_tile<1>(m, panel, x, out);
+    if constexpr (P::GROUP > 1)
+        if (P::GROUP == 2 || num >= 4) {
+            if (num <= 16 && num_panels == 2) return matrix_tile<P, PANELS>(m, panel, x, stride, scales, num, out);
+            for (int s = 0; s < num_panels; ++s, ++panel, out += MOST_ROWS * PANEL)
+                if (num <= 16) matrix_tile<P, NONE>(m, panel, x, stride, scales, num, out);
+                else matrix_tile<P, ROWS>(m, panel, x, stride, scales, num, out);
+            return;
+        }
     for (; num > VECTOR_ROWS; num -= VECTOR_ROWS, scales += VECTOR_ROWS) {
-        tile<P, VECTOR_ROWS>(m, panel, x, stride, scales, out);
+        tile<P, VECTOR_ROWS>(m, panel, num_panels, x, stride, scales, VECTOR_ROWS, out);
         x += VECTOR_ROWS * stride, out += VECTOR_ROWS * PANEL;
     }
 #endif
-    switch (num) {
-        case 1: return tile<P, 1>(m, panel, x, stride, scales, out);
-#if defined(__AVX2__)
-        case 2: return tile<P, 2>(m, panel, x, stride, scales, out);
-#endif
-#if defined(__AVX512F__)
-        case 3: return tile<P, 3>(m, panel, x, stride, scales, out);
-        case 4: return tile<P, 4>(m, panel, x, stride, scales, out);
-        case 5: return tile<P, 5>(m, panel, x, stride, scales, out);
-        case 6: return tile<P, 6>(m, panel, x, stride, scales, out);
-        case 7: return tile<P, 7>(m, panel, x, stride, scales, out);
-        case 8: return tile<P, 8>(m, panel, x, stride, scales, out);
-#endif
-    }
+    tile<P, VECTOR_ROWS>(m, panel, num_panels, x, stride, scales, num, out);
 }

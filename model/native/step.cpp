@@ -45,7 +45,7 @@ struct Core {
         x = reserve<float>(rows * hidden), normed = reserve<float>(rows * hidden);
         qkv = reserve<float>(rows * qkv_width), mixed = reserve<float>(rows * heads_width);
         wide = reserve<float>(rows * inner), scales = reserve<float>(rows);
-        operands = reserve<char>(rows * operand_width);
+        operands = reserve<char>((rows + MOST_ROWS) * operand_width);  // rows beyond the last are multiplied too
         scratch = reserve<float*>(team.num());
         for (int i = 0; i < team.num(); ++i)
             scratch[i] = reserve<float>(MOST_QUERIES * (padded(net.max_len) + 2 * ALIGNMENT));
@@ -66,23 +66,34 @@ struct Rows {  // what a matrix is multiplied with
     int num;
 };
 
-// f(row, channel, values, count) for every row and every panel of a matrix. Long lists of rows are cut, so that a
+// Whether threads take two panels at a time: unless so few panels are dealt out less evenly in pairs.
+bool in_pairs(int num_panels, int num_threads) {
+    int rounds = (num_panels + num_threads - 1) / num_threads;
+    int rounds_of_pairs = ((num_panels + 1) / 2 + num_threads - 1) / num_threads;
+    return 2 * rounds_of_pairs * 5 <= rounds * 6;
+}
+
+// f(row, channel, values, up, count) for every row and every panel of a matrix. Long lists of rows are cut, so that a
 // panel's weights meet rows that are still in the cache, and threads outnumbering panels have work too.
 template <class P, class F>
 void multiply(Core& c, Team::Member& me, const Linear& m, bool gated, const Rows& rows, const F& f) {
     constexpr int SLICE = 64;
     int num_panels = (m.num_out + PANEL - 1) / PANEL, num_slices = (rows.num + SLICE - 1) / SLICE;
-    c.team.each(me, num_panels * num_slices, [&](int task) {
-        int panel = task / num_slices, begin = task % num_slices * SLICE;
+    int each = !gated && in_pairs(num_panels, c.team.num()) ? 2 : 1;
+    c.team.each(me, (num_panels + each - 1) / each * num_slices, [&](int task) {
+        int panel = task / num_slices * each, begin = task % num_slices * SLICE;
         int end = begin + SLICE < rows.num ? begin + SLICE : rows.num;
-        int count = m.num_out - panel * PANEL < PANEL ? m.num_out - panel * PANEL : PANEL;
-        alignas(64) float out[MOST_ROWS * PANEL], up[MOST_ROWS * PANEL];
+        int num_here = panel + each <= num_panels ? each : 1;
+        alignas(64) float out[2 * MOST_ROWS * PANEL];
         for (int row = begin; row < end; row += MOST_ROWS) {
             int num = end - row < MOST_ROWS ? end - row : MOST_ROWS;
             const void* x = (const typename P::X*)rows.operands + row * rows.width;
-            tile<P>(m, gated ? 2 * panel : panel, x, rows.width, rows.scales + row, num, out);
-            if (gated) tile<P>(m, 2 * panel + 1, x, rows.width, rows.scales + row, num, up);
-            for (int r = 0; r < num; ++r) f(row + r, panel * PANEL, out + r * PANEL, up + r * PANEL, count);
+            tile<P>(m, gated ? 2 * panel : panel, gated ? 2 : num_here, x, rows.width, rows.scales + row, num, out);
+            for (int i = 0; i < num_here; ++i) {
+                int channel = (panel + i) * PANEL, count = m.num_out - channel < PANEL ? m.num_out - channel : PANEL;
+                const float *first = out + i * MOST_ROWS * PANEL, *up = out + MOST_ROWS * PANEL;
+                for (int r = 0; r < num; ++r) f(row + r, channel, first + r * PANEL, up + r * PANEL, count);
+            }
         }
     });
 }
