@@ -18,11 +18,6 @@ constexpr int MOST_ROWS = VECTOR_ROWS;
 #endif
 constexpr int AHEAD = 1024, TILES_AHEAD = 2048;  // bytes: where memory is asked for before it is needed
 
-// Into the second cache, from which few rows wait long enough for memory to be read; many rows want more of it, nearer.
-template <bool near = false> static inline void ask_for(const char* memory) {
-    __builtin_prefetch(memory, 0, near ? 3 : 2);
-}
-
 // How each precision multiplies: X is what one number of a row is stored as, `GROUP` of them are multiplied at a time.
 struct Float32 {
     typedef float X;
@@ -112,7 +107,7 @@ static inline void sums_of(const typename P::W* w, int64_t next, const typename 
 #pragma GCC unroll 16
             for (int v = 0; v < VECS; ++v) {
                 const typename P::W* at = w + s * next + v * WIDTH * P::GROUP;
-                ask_for<(R > 2)>((const char*)at + AHEAD);
+                __builtin_prefetch((const char*)at + AHEAD);
                 part[v] = P::weights(at);
             }
 #pragma GCC unroll 8
@@ -183,7 +178,7 @@ enum Others { NONE, PANELS, ROWS };
     _tile_loadd(7, weights, PANEL * 4);                        \
     if constexpr (P::GROUP == 2) { _tile_dpbf16ps(sum, 6, 7); } \
     else { _tile_dpbusd(sum, 6, 7); }                          \
-    for (int line = 0; line < LINES; ++line) ask_for<true>(ahead + line * 64);
+    for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead + line * 64);
 
 template <class P, Others others>
 static void matrix_tile(const Linear& m, int panel, const void* x, int64_t stride, const float* scales, int num,
@@ -240,7 +235,7 @@ static void row_as_tile(const Linear& m, int panel, const uint16_t* x, float* ou
 #pragma GCC unroll 3
                 for (int v = 0; v < VECS; ++v) {
                     const uint16_t* at = w + s * next + v * 2 * WIDTH;
-                    ask_for((const char*)at + AHEAD);
+                    __builtin_prefetch((const char*)at + AHEAD);
                     uvec pairs;
                     std::memcpy(&pairs, at, sizeof pairs);
                     even[s][v] += (vec)(pairs << 16) * first;
