@@ -50,6 +50,14 @@ async def test_no_request_is_the_servers_fault(name: str, tmp_path: Path) -> Non
         assert allowed or status == 401 or ask.target.startswith(("/health", "/ready"))
 
 
+def test_what_counts_as_the_servers_fault() -> None:
+    ask = Ask("POST", "/generate", {}, b'{"seed": "helper_.py"}')
+    assert complaint(ask, 422, b'{"detail": "seed: got \'helper_.py\'"}') is None
+    assert complaint(ask, 422, b'{"detail": "service/http/reply.py, line 3"}')
+    assert complaint(ask, 422, b"Traceback (most recent call last)")
+    assert complaint(ask, 500, b"{}")
+
+
 def answer(request: Request) -> Iterable[Entry | Exception | None]:
     """Text where there is some to come, else three numbers."""
     if request.task == "generate":

@@ -23,7 +23,7 @@ from schemathesis import GenerationMode
 BATCH = 20
 BROKEN = range(500, 600)
 ASKED_FOR = {504}  # by a `timeout_s` that is over
-LEAKS = re.compile(rb"Traceback|File \"|site-packages|\.py\b")
+LEAKS = re.compile(rb"Traceback|File \"|site-packages|\w{0,3}\.py\b")
 HUNG, CUT = -1, 0  # in place of a status
 PATIENCE_S = 40.0  # for whatever a request may ask for: more than a server's own limits
 BASE = "http://localhost"
@@ -84,8 +84,10 @@ def arms(api: dict[str, Any]) -> list[Arm]:
 
 
 def complaint(ask: Ask, status: int, body: bytes) -> str | None:
-    """What is wrong with an answer; None if nothing."""
-    if status == HUNG or (status in BROKEN and status not in ASKED_FOR) or LEAKS.search(body):
+    """What is wrong with an answer; None if nothing. What the request said itself may be said back."""
+    asked = b" ".join((ask.target.encode(), ask.body, *(value.encode() for value in ask.headers.values())))
+    leaks = any(found[0] not in asked for found in LEAKS.finditer(body))
+    if status == HUNG or (status in BROKEN and status not in ASKED_FOR) or leaks:
         return f"{ask.method} {ask.target[:200]} {ask.body[:300]!r} -> {status} {body[:300]!r}"
     return None
 
