@@ -66,7 +66,7 @@ struct Rows {  // what a matrix is multiplied with
     int num;
 };
 
-// Whether threads take two panels at a time: unless so few panels are dealt out less evenly in pairs.
+// Whether threads take two panels at a time: unless, dealt out in pairs, they would take more than a fifth longer.
 bool in_pairs(int num_panels, int num_threads) {
     int rounds = (num_panels + num_threads - 1) / num_threads;
     int rounds_of_pairs = ((num_panels + 1) / 2 + num_threads - 1) / num_threads;
